@@ -18,6 +18,16 @@ own_addresses <- function() .Call(wrap__own_addresses)
 #' @noRd
 agent_greet <- function(package, r_version, platform, tempdir) .Call(wrap__agent_greet, package, r_version, platform, tempdir)
 
+#' Goes on in a child of this process, which ends when the head does, so that the child can outlive the head. To be
+#' called before this process has a second thread. Returns the pid of the first process.
+#' @noRd
+agent_split <- function() .Call(wrap__agent_split)
+
+#' Connects stdin and stdout of this process to the agent that waits on this host in the directory of this name, until
+#' either side ends. Returns `NULL`, or the reason why there is no connection.
+#' @noRd
+agent_relay <- function(name) .Call(wrap__agent_relay, name)
+
 #' Connects this process to the head, as the file at `path` says, and makes that connection its stdin and stdout.
 #' Returns `NULL`, or the status with which the process has to end; the reason has been written to stderr. To be
 #' called before this process has a second thread.
@@ -121,6 +131,20 @@ hub_are_over <- function(handle, count) .Call(wrap__hub_are_over, handle, count)
 #' hosts and workers count as done, instead of being an error.
 #' @noRd
 hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tolerant)
+
+#' Makes the numbers of tasks of this head differ from those of the heads that the cluster has had, of which there are
+#' `generation`. To be called before hub_go().
+#' @noRd
+hub_follow <- function(handle, generation) .Call(wrap__hub_follow, handle, generation)
+
+#' Fills the set-up log from the logs of the agents, which have had another head. Returns whether that is done; waits up
+#' to one slice for it. `begin`: whether to begin it. `end`: whether to give it up.
+#' @noRd
+hub_take_over <- function(handle, begin, end) .Call(wrap__hub_take_over, handle, begin, end)
+
+#' Disconnects from the agents, which wait for another head.
+#' @noRd
+hub_leave <- function(handle) .Call(wrap__hub_leave, handle)
 
 #' Leaves out a host, for this reason. With agent 0, leaves out all hosts without a ready worker and, on the
 #' other hosts, the workers that are not ready.
@@ -383,6 +407,10 @@ job_unreadable <- function(handle, task, value) .Call(wrap__job_unreadable, hand
 #' @noRd
 job_results <- function(handle) .Call(wrap__job_results, handle)
 
+#' Returns a list of the hosts, from 1, that could not save results, and of the reasons.
+#' @noRd
+job_unsaved <- function(handle) .Call(wrap__job_unsaved, handle)
+
 #' Returns the progress of the job: the numbers of tasks, of finished tasks, and of busy workers.
 #' @noRd
 job_progress <- function(handle) .Call(wrap__job_progress, handle)
@@ -418,9 +446,10 @@ store_open <- function(dir, run, elements, owner) .Call(wrap__store_open, dir, r
 #' @noRd
 store_owner <- function(dir) .Call(wrap__store_owner, dir)
 
-#' Reads what has been written since. `elements`: the number of elements.
+#' Reads what has been written since. `elements`: the number of elements. `checks`: whether to check results that may
+#' not be durable.
 #' @noRd
-store_refresh <- function(store, elements) .Call(wrap__store_refresh, store, elements)
+store_refresh <- function(store, elements, checks) .Call(wrap__store_refresh, store, elements, checks)
 
 #' Returns the state of each element: 0 without a result, 1 with a result, 2 with an error.
 #' @noRd
@@ -459,6 +488,18 @@ store_trouble <- function(store) .Call(wrap__store_trouble, store)
 #' Ends writing, once all results are durable or cannot be written, and releases the lock.
 #' @noRd
 store_close <- function(store) .Call(wrap__store_close, store)
+
+#' Renames a file durably.
+#' @noRd
+replace_durably <- function(from, to) .Call(wrap__replace_durably, from, to)
+
+#' Returns the folder of this host with saved results of a run.
+#' @noRd
+saved_folder <- function(host_dir, run) .Call(wrap__saved_folder, host_dir, run)
+
+#' Returns the numbers of the elements in a file of records; none if it is no file of this run.
+#' @noRd
+file_elements <- function(path, run) .Call(wrap__file_elements, path, run)
 
 #' Writes a file: it has either its old content or these bytes. `durable`: whether also after a crash of the machine.
 #' @noRd
@@ -552,6 +593,27 @@ background_kill <- function(handle) .Call(wrap__background_kill, handle)
 #' killed for its silence, `other` is killed.
 #' @noRd
 background_on_end <- function(handle, other, kill) .Call(wrap__background_on_end, handle, other, kill)
+
+#' Starts a process that outlives this session, in a session of its own. It locks the file `lock` until it ends,
+#' appends its output to the file `log`, and renames the files `from` to `to` once it has the lock. Returns its pid,
+#' `NULL` if another process has the lock, or a text that says why the process cannot be started. `env`: a named
+#' vector; NA removes a variable.
+#' @noRd
+detached_start <- function(command, env, directory, lock, log, from, to) .Call(wrap__detached_start, command, env, directory, lock, log, from, to)
+
+#' Keeps the lock with which this detached process was started. Returns `NULL`, or a text that says why there is no
+#' lock.
+#' @noRd
+detached_keep_lock <- function() .Call(wrap__detached_keep_lock)
+
+#' Returns whether any process has this lock, or a text that says why that is unknown.
+#' @noRd
+detached_is_locked <- function(lock) .Call(wrap__detached_is_locked, lock)
+
+#' Waits until the content of a file, or the entries of a directory, would survive a crash of the machine. Returns
+#' `NULL`, or a text that says why that failed.
+#' @noRd
+file_sync <- function(path) .Call(wrap__file_sync, path)
 
 #' Starts a guard in a session of its own. It ends the jobs when it is released, or when this process ends.
 #' @noRd
