@@ -242,8 +242,8 @@ killCluster <- function(id) {
 #'
 #' @param cl A cluster made by [makeRustCluster()], or a part of one: the results of all of its workers are returned.
 #' @return A list with an element for each call that has ended, in the order in which they ended by the clocks of
-#'   their hosts. Each is a list of `label` (character; the beginning of the expression), `ended` (POSIXct), and either `value`
-#'   or `error` (a condition). Calls that have not ended yet are in a later result of `keptResults()`.
+#'   their hosts. Each is a list of `label` (character; the beginning of the expression), `ended` (POSIXct), and either
+#'   `value` or `error` (a condition). Calls that have not ended yet are in a later result of `keptResults()`.
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_busy`, `rustcluster_stopped`, `rustcluster_forked`, `rustcluster_restored`.
 #' @seealso [reattachCluster()], [clusterSubmit()]

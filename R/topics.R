@@ -148,13 +148,14 @@ NULL
 #' * An agent ends when nobody has come in time, and at once when it gets SIGTERM. Nothing is left then.
 #'
 #' The session records the cluster in a file that only the user can read, in
-#' `tools::R_user_dir("rustcluster", "cache")`. The file contains the key that a session must prove to have before an agent reads anything else from it.
+#' `tools::R_user_dir("rustcluster", "cache")`. The file contains the key that a session must prove
+#' to have before an agent reads anything else from it.
 #' `stopCluster()` removes the file. Agents listen on Unix sockets in directories in `/tmp` that only the user can
 #' enter.
 #'
 #' Hosts that are lost in the meantime are lost hosts of the reattached cluster: see [rustcluster_faults]. A host that
-#' is lost while its session goes on may still have an agent that waits. With `reconnect = TRUE` the session starts a new
-#' agent there, which ends the old one. Launchers, such as [slurm()], do not support `linger`.
+#' is lost while its session goes on may still have an agent that waits. With `reconnect = TRUE` the session starts a
+#' new agent there, which ends the old one. Launchers, such as [slurm()], do not support `linger`.
 #'
 #' @section Detached processes:
 #' Child processes of a worker (started by `system()`, `mclapply()` and similar functions) are killed with
