@@ -200,7 +200,12 @@ fn read_record(
 }
 
 fn value_at(values: &Robj, at: usize) -> Option<Robj> {
-    values.as_list()?.values().nth(at)
+    // SAFETY: this runs on R's thread; type and length are checked, and the Robj keeps the list alive.
+    unsafe {
+        let list = values.get();
+        let is_inside = TYPEOF(list) == SEXPTYPE::VECSXP && (at as isize) < XLENGTH(list);
+        is_inside.then(|| Robj::from_sexp(VECTOR_ELT(list, at as isize)))
+    }
 }
 
 /// Returns a list of the result of an element and of whether it is an error, or `NULL` without a result.
