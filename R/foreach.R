@@ -15,11 +15,11 @@
 #' * `options(rustcluster.progress = TRUE)` shows a progress bar.
 #'
 #' `.options.rustcluster = list(store = "dir")` keeps the results of the iterations in a directory. The same loop, run
-#' again, computes only what is missing, and combines all: see section Stored results of [clusterLapply()]. The elements
-#' are the values of the loop's variables. The function is the expression of the loop, with the variables that it uses.
-#' The options `reuse`, `retry_errors` and `sync` are the arguments `.reuse`, `.retry_errors` and `.sync` of
-#' [clusterLapply()]. An iteration that raised an error counts as failed, with any `.errorhandling`. With `%dorng%`, give
-#' the same seed again (`.options.RNG`, or `registerDoRNG()`): the random streams are a part of the elements.
+#' again, computes only what is missing, and combines all: see section Stored results of [clusterLapply()]. The
+#' elements are the values of the loop's variables. The function is the expression of the loop, with the variables that
+#' it uses. The options `reuse`, `retry_errors` and `sync` are the arguments `.reuse`, `.retry_errors` and `.sync` of
+#' [clusterLapply()]. An iteration that raised an error counts as failed, with any `.errorhandling`. With `%dorng%`,
+#' give the same seed again (`.options.RNG`, or `registerDoRNG()`): the random streams are a part of the elements.
 #'
 #' `.options.snow` supports the options `attachExportEnv` and `preschedule` of doParallel. `preschedule` has no effect,
 #' because iterations are always sent in batches. Other options are ignored with a warning, as in doParallel.
@@ -32,8 +32,8 @@
 #' @return `NULL`, invisibly. Afterwards `foreach::getDoParName()` is `"doRustCluster"`, and
 #'   `foreach::getDoParWorkers()` the number of nodes of `cl`.
 #' @section Errors:
-#' `rustcluster_bad_argument` (also for an unknown option in `.options.rustcluster`), `rustcluster_stopped`, `rustcluster_restored`, `rustcluster_forked`. `%dopar%` raises
-#' these errors, `rustcluster_task_failed`, `rustcluster_timeout`, and the other errors of the cluster: see
+#' `rustcluster_bad_argument` (also for an unknown option in `.options.rustcluster`), `rustcluster_stopped`,
+#' `rustcluster_restored`, `rustcluster_forked`. `%dopar%` raises these errors, `rustcluster_task_failed`, `rustcluster_timeout`, and the other errors of the cluster: see
 #' [rustcluster_conditions].
 #' @examplesIf requireNamespace("foreach", quietly = TRUE)
 #' library(foreach)

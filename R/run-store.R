@@ -203,14 +203,14 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
   opened <- FALSE
   on.exit(if (!opened) closeStore(store), add = TRUE)
   now <- list(
-    hashes = elementHashes(X), names = names(X), functions = functionHashes(FUN, what), arguments = argumentHashes(common),
+    names = names(X), functions = functionHashes(FUN, what), arguments = argumentHashes(common),
     seed = seed
   )
   if (new) {
     store$info <- c(info, now[c("names", "functions", "arguments")], list(
       seed = drawnSeed(seed), fun = paste(deparse(FUN), collapse = "\n")
     ))
-    saveDurably(storedElements(X, now$hashes), runPath(dir, "elements.rds"))
+    saveDurably(storedElements(X), runPath(dir, "elements.rds"))
     saveDurably(store$info, runPath(dir, "run.rds"))
   } else {
     compareRun(store, now, X, reuse)
@@ -225,7 +225,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
 # Sets the indices of the elements to compute.
 findMissing <- function(store) {
   states <- storeStates(store)
-  store$todo <- which(states == 0L | (store$retryErrors & states == 2L))
+  store$todo <- which(if (store$retryErrors) states != 1L else states == 0L)
 }
 
 rVersionNumber <- function() {
@@ -249,14 +249,11 @@ randomBytes <- function(n) {
 }
 
 # What `elements.rds` has: short vectors of numbers themselves, otherwise hashes of the elements.
-storedElements <- function(X, hashes) {
-  if (typeof(X) %in% c("logical", "integer", "double")) unname(X) else hashes
+storedElements <- function(X) {
+  if (typeof(X) %in% c("logical", "integer", "double")) unname(X) else elementHashes(X)
 }
 
-storedHashes <- function(store) {
-  elements <- readRDS(runPath(store$dir, "elements.rds"))
-  if (is.raw(elements)) elements else elementHashes(elements)
-}
+storedHashes <- function(elements) if (is.raw(elements)) elements else elementHashes(elements)
 
 # Returns the seed to be stored. With TRUE the session's generator draws it.
 drawnSeed <- function(seed) {
@@ -280,10 +277,17 @@ compareRun <- function(store, now, X, reuse) {
   } else if (is.null(info$seed)) {
     differs <- c(differs, "`.seed` was FALSE and is TRUE")
   }
-  before <- storedHashes(store)
-  ids <- if (is.null(info$ids)) seq_len(info$n) else info$ids
-  same <- identical(pickHashes(before, ids), now$hashes)
-  if (!same && reuse == "all") differs <- c(differs, changedElements(pickHashes(before, ids), now$hashes))
+  elements <- readElements(store)
+  # Fast path: hashes of many numbers take time and memory.
+  same <- is.null(info$ids) && !is.raw(elements) &&
+    identical(elements, unname(X), num.eq = FALSE, single.NA = FALSE, attrib.as.set = FALSE)
+  if (!same) {
+    before <- storedHashes(elements)
+    now$hashes <- elementHashes(X)
+    ids <- if (is.null(info$ids)) seq_len(info$n) else info$ids
+    same <- identical(pickHashes(before, ids), now$hashes)
+    if (!same && reuse == "all") differs <- c(differs, changedElements(pickHashes(before, ids), now$hashes))
+  }
   if (length(differs)) {
     abort(
       "run_differs", "the run in ", store$dir, " was made by another call: ", paste(differs, collapse = "; "),
@@ -298,6 +302,13 @@ compareRun <- function(store, now, X, reuse) {
     saveDurably(store$info, runPath(store$dir, "run.rds"))
   }
   if (!same) checkedStore(store_refresh(store$pointer, as.double(store$info$elements), FALSE), store$dir)
+}
+
+readElements <- function(store) {
+  path <- runPath(store$dir, "elements.rds")
+  tryCatch(readRDS(path), error = function(e) {
+    abort("run_unreadable", path, " cannot be read: ", conditionMessage(e), fields = list(dir = store$dir))
+  })
 }
 
 pickHashes <- function(hashes, ids) {
