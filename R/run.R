@@ -99,6 +99,7 @@ newRun <- function(dir) {
 
 # Returns the store of a run as it is now, or NULL if there is none yet. `opened` keeps it open.
 storeOf <- function(dir, opened) {
+  if (!isRun(dir)) abort("run_unreadable", sQuote(dir), " holds no run any more", fields = list(dir = dir))
   if (!is.null(opened$store)) {
     refreshStore(opened$store)
   } else if (hasStore(dir)) {
@@ -260,11 +261,20 @@ runCancel <- function(dir, opened, timeout) {
     elapsed <- proc.time()[["elapsed"]] - began
     if (elapsed >= timeout) return(invisible(FALSE))
     # The runner may be in code that looks at no file, or the disk may be full.
-    if (!signalled && (!asked || elapsed > 5) && identical(state$host, thisHost()) && !is.na(state$pid)) {
+    if (!signalled && (!asked || elapsed > 5) && isRunnerHere(state, dir)) {
       signalled <- tools::pskill(state$pid, tools::SIGINT)
     }
     Sys.sleep(0.05)
   }
+}
+
+# Returns whether a runner is a process of this machine. Containers may have the same name and other processes.
+isRunnerHere <- function(state, dir) {
+  if (!identical(state$host, thisHost()) || is.na(state$pid)) return(FALSE)
+  file <- sprintf("/proc/%d/cmdline", as.integer(state$pid))
+  command <- tryCatch(readBin(file, "raw", 65536L), error = function(e) raw(), warning = function(w) raw())
+  command[command == as.raw(0L)] <- as.raw(10L)
+  dir %in% strsplit(rawToChar(command), "\n", fixed = TRUE)[[1L]]
 }
 
 runResume <- function(dir, opened, spec, packages, cluster, wait, has_spec) {

@@ -135,7 +135,7 @@ startTicking <- function() {
   now <- proc.time()[["elapsed"]]
   runner$began <- now
   runner$stateDue <- runner$timelineDue <- now + 1
-  runner$cancelDue <- now
+  runner$cancelDue <- runner$seen <- now
   runner$tick <- runnerTick
 }
 
@@ -144,7 +144,11 @@ runnerTick <- function() {
   now <- proc.time()[["elapsed"]]
   if (now < runner$cancelDue) return(invisible())
   runner$cancelDue <- now + 0.2
-  if (file.exists(runnerFile(runner$dir, "cancel"))) {
+  # Nobody could cancel a run whose directory was removed or moved. What is left of it may be resumed there.
+  if (file.exists(runnerFile(runner$dir, "lock"))) runner$seen <- now
+  gone <- now - runner$seen > 10
+  if (gone) say("the directory of the run is gone")
+  if (gone || file.exists(runnerFile(runner$dir, "cancel"))) {
     runner$tick <- NULL
     # As Ctrl-C in a session: the cluster cancels its tasks.
     signalCondition(structure(class = c("interrupt", "condition"), list(message = "cancelled", call = NULL)))

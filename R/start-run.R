@@ -252,9 +252,10 @@ whereText <- function(state) {
   paste0(" by process ", state$pid, " on ", state$host)
 }
 
-# Saves a value durably in a new file, which the user alone can read. Returns its path.
-saveNew <- function(value, path) {
-  new <- paste0(path, ".", Sys.getpid(), ".new")
+# Saves a value durably in a new file of a runner, which the user alone can read. Returns its path. `to`: the file that
+# it is to replace.
+saveNew <- function(value, dir, to) {
+  new <- runnerFile(dir, paste0(basename(to), ".", Sys.getpid(), ".new"))
   mask <- Sys.umask("077")
   on.exit(Sys.umask(mask))
   problem <- tryCatch(
@@ -267,7 +268,7 @@ saveNew <- function(value, path) {
   )
   if (is.null(problem)) return(new)
   unlink(new)
-  abort("run_write_failed", "cannot write ", sQuote(path), ": ", problem, fields = list(dir = dirname(path)))
+  abort("run_write_failed", "cannot write ", sQuote(to), ": ", problem, fields = list(dir = dir))
 }
 
 # Starts a runner. Returns FALSE if there is one already. `n`: the number of elements. `task`: that of a new run.
@@ -281,12 +282,12 @@ startRunner <- function(dir, settings, n, task = NULL) {
     ended = NULL, n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
     attempt = if (is.null(before)) 1L else before$attempt + 1L, cluster = before$cluster
   )
+  values <- list(settings, state, task)
+  to <- c(runnerFile(dir, c("settings.rds", "state.rds")), file.path(dir, "task.rds"))[lengths(values) > 0L]
   new <- character()
   on.exit(unlink(new))
   # The process renames these when it has the lock: of two sessions that start a runner, only one changes anything.
-  if (!is.null(task)) new <- c(new, saveNew(task, file.path(dir, "task.rds")))
-  new <- c(new, saveNew(settings, runnerFile(dir, "settings.rds")))
-  new <- c(new, saveNew(state, runnerFile(dir, "state.rds")))
+  for (i in seq_along(to)) new <- c(new, saveNew(values[[i]], dir, to[[i]]))
   env <- c(
     RUSTCLUSTER_LIB = dirname(getNamespaceInfo("rustcluster", "path")),
     R_LIBS = paste(settings$libraries, collapse = ":"),
@@ -295,7 +296,7 @@ startRunner <- function(dir, settings, n, task = NULL) {
   )
   pid <- detached_start(
     c(file.path(R.home("bin"), "Rscript"), "-e", startExpression("runnerMain"), dir), env, directory,
-    runnerFile(dir, "lock"), file.path(dir, "log"), new, sub("[.][0-9]+[.]new$", "", new)
+    runnerFile(dir, "lock"), file.path(dir, "log"), new, to
   )
   if (is.character(pid)) {
     abort("run_failed", "the runner of ", sQuote(dir), " could not be started: ", pid, fields = list(dir = dir))
@@ -334,11 +335,13 @@ awaitRunner <- function(run, seconds) {
 readState <- function(dir) {
   file <- runnerFile(dir, "state.rds")
   if (!file.exists(file)) return(NULL)
-  tryCatch(readRDS(file), error = function(e) {
-    # A crash of the machine may have left an incomplete file.
-    list(
-      state = "running", pid = NA_integer_, host = NA_character_, started = file.mtime(file),
-      updated = file.mtime(file), n = NA_real_, before = 0, workers = NA_integer_, busy = NA_integer_, attempt = 1L
-    )
-  })
+  # On NFS, a file may be replaced while it is read.
+  again <- function(e) tryCatch(readRDS(file), error = function(e) NULL, warning = function(w) NULL)
+  state <- tryCatch(readRDS(file), error = again, warning = again)
+  if (is.list(state)) return(state)
+  # A crash of the machine may have left an incomplete file.
+  list(
+    state = "running", pid = NA_integer_, host = NA_character_, started = file.mtime(file), updated = file.mtime(file),
+    n = NA_real_, before = 0, workers = NA_integer_, busy = NA_integer_, attempt = 1L
+  )
 }

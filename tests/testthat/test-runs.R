@@ -304,6 +304,27 @@ test_that("results that workers saved survive their runner", {
   unlink(c(gate, said))
 })
 
+test_that("a runner whose directory is moved ends, and the run resumes in the new place", {
+  dir <- local_run_dir()
+  moved <- local_run_dir()
+  gate <- tempfile("gate-")
+  said <- tempfile("said-")
+  run <- startRun(dir, 1:4, gated(gate, said, 3), spec = 1, .timeout = 1e5)
+  expect_true(wait_until(function() run$status()$done == 2L))
+  pids <- processes_of(run)
+  file.rename(dir, moved)
+  expect_match(format(run), "not there")
+  expect_error(run$status(), class = "rustcluster_run_unreadable")
+  expect_gone(pids, 30)
+  file.create(gate)
+  run <- openRun(moved)
+  expect_identical(run$status()$state, "interrupted")
+  run$resume()
+  expect_identical(run$wait(60), "done")
+  expect_identical(as.list(run$results()), lapply(1:4, function(i) i^2))
+  unlink(c(gate, said))
+})
+
 test_that("failed elements are listed, and computed again when the run resumes", {
   dir <- local_run_dir()
   marker <- tempfile("marker-")
