@@ -7,7 +7,8 @@
 #' then reads the same directory.
 #'
 #' `length()` and `names()` are those of `X`. `view[[i]]` reads a result, by its index or its name. An element that
-#' failed has the value that `.errors = "return"` gives it. `view[i]` and `as.list()` return lists, with `NULL` for
+#' failed has the value that `.errors = "return"` gives it. `lapply()` and similar functions work on a view; `for`,
+#' `unlist()` and `do.call()` need `as.list()`. `view[i]` and `as.list()` return lists, with `NULL` for
 #' elements without a result.
 #' @param x A view.
 #' @param i The index of an element, or its name. For `[`: any index of a vector.
@@ -50,6 +51,21 @@ names.rustcluster_results <- function(x) storeOfView(x)$info$names
 
 #' @export
 `$.rustcluster_results` <- function(x, name) if (name %in% names(x)) x[[name]]
+
+# A view can only be read.
+readOnly <- function() {
+  abort("bad_argument", "a view of saved results cannot be changed; as.list() returns a list",
+        fields = list(argument = "x"))
+}
+
+#' @export
+`[[<-.rustcluster_results` <- function(x, i, value) readOnly()
+
+#' @export
+`[<-.rustcluster_results` <- function(x, i, value) readOnly()
+
+#' @export
+`$<-.rustcluster_results` <- function(x, name, value) readOnly()
 
 #' @rdname rustcluster_results
 #' @export

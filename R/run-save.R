@@ -20,9 +20,9 @@ checkSaveDir <- function(dir, argument) {
 # arrive. `durable`: whether results have to survive a crash of the host.
 beginSaving <- function(store, cl, dir, values, durable) {
   dir <- if (is.null(dir)) "" else dir
-  fetched <- fetchSaved(store, cl, dir)
+  fetched <- sum(vapply(foldersOf(store$info), function(folder) fetchSaved(store, cl, dir, folder), 0L))
   if (fetched) findMissing(store)
-  nonce <- paste(as.character(randomBytes(16L)), collapse = "")
+  nonce <- randomText(16L)
   probe <- runPath(store$dir, "probe")
   written <- tryCatch({
     # No line end: workers compare the whole file.
@@ -32,19 +32,26 @@ beginSaving <- function(store, cl, dir, values, durable) {
   if (!written) abort("run_write_failed", "cannot write ", probe, fields = list(dir = store$dir))
   store$trouble <- ""
   store$save <- list(
-    run = store$info$id, host_dir = dir, run_dir = normalizePath(store$dir), nonce = nonce,
+    run = store$info$id, folder = currentFolder(store$info), host_dir = dir, run_dir = normalizePath(store$dir), nonce = nonce,
     r_version = rVersionNumber(), durable = durable, values = values
   )
 }
+
+# Returns the names of the folders of hosts that may have results of a run.
+foldersOf <- function(info) if (is.null(info$folders)) info$id else info$folders
+
+currentFolder <- function(info) foldersOf(info)[[length(foldersOf(info))]]
 
 # All results are durable here: removes what the hosts have.
 endSaving <- function(store, cl) {
   flushStore(store)
   unlink(runPath(store$dir, "probe"))
-  tryCatch(
-    onHosts(cl, removeSaved, store$save$host_dir, store$info$id),
-    rustcluster_host_failed = identity, rustcluster_worker_lost = identity
-  )
+  for (folder in foldersOf(store$info)) {
+    tryCatch(
+      onHosts(cl, removeSaved, store$save$host_dir, folder),
+      rustcluster_host_failed = identity, rustcluster_worker_lost = identity
+    )
+  }
   invisible()
 }
 
@@ -69,19 +76,18 @@ hostNodes <- function(cl) {
 
 # Fetches the files of a run from the hosts, and removes them there. Files with elements that the run has are not
 # fetched. Returns the number of fetched files.
-fetchSaved <- function(store, cl, dir) {
-  run <- store$info$id
+fetchSaved <- function(store, cl, dir, folder) {
   count <- 0L
   dir.create(runPath(store$dir, "results"), showWarnings = FALSE)
   states <- checkedStore(store_states(storePointer(store)), store$dir)
   fetch <- function(node) {
-    for (file in onNodes(node, listSaved, dir, run)[[1L]]) {
+    for (file in onNodes(node, listSaved, dir, folder, store$info$id)[[1L]]) {
       to <- runPath(store$dir, "results", file$name)
       if (!file.exists(to) && any(states[file$elements] != 1L, na.rm = TRUE)) {
-        fetchFile(store, node, dir, file$name, file$size, to)
+        fetchFile(store, node, dir, folder, file$name, file$size, to)
         count <<- count + 1L
       }
-      onNodes(node, removeSaved, dir, run, file$name)
+      onNodes(node, removeSaved, dir, folder, file$name)
     }
   }
   # A host that is lost now keeps its files.
@@ -95,7 +101,7 @@ fetchSaved <- function(store, cl, dir) {
   count
 }
 
-fetchFile <- function(store, node, dir, name, size, to) {
+fetchFile <- function(store, node, dir, folder, name, size, to) {
   part <- paste0(to, ".part")
   complain <- function(e) {
     abort("run_write_failed", "cannot write ", part, ": ", conditionMessage(e), fields = list(dir = store$dir))
@@ -106,7 +112,7 @@ fetchFile <- function(store, node, dir, name, size, to) {
   }, error = complain, warning = complain)
   from <- 0
   while (from < size) {
-    bytes <- onNodes(node, readSaved, dir, store$info$id, name, from, min(savedPiece, size - from))[[1L]]
+    bytes <- onNodes(node, readSaved, dir, folder, name, from, min(savedPiece, size - from))[[1L]]
     if (!length(bytes)) break
     tryCatch(writeBin(bytes, out), error = complain, warning = complain)
     from <- from + length(bytes)
@@ -180,7 +186,8 @@ collectRun <- function(dir, from, save_dir = NULL) {
     clustersOf(cl)
   }
   before <- storeStates(store)
-  files <- fetchSaved(store, cl, if (is.null(save_dir)) "" else save_dir)
+  save_dir <- if (is.null(save_dir)) "" else save_dir
+  files <- sum(vapply(foldersOf(store$info), function(folder) fetchSaved(store, cl, save_dir, folder), 0L))
   invisible(c(files = files, results = sum(before != 1L & storeStates(store) == 1L)))
 }
 
@@ -188,24 +195,24 @@ collectRun <- function(dir, from, save_dir = NULL) {
 
 callWith <- function(i, fun, ...) fun(...)
 
-listSaved <- function(dir, run) {
-  folder <- saved_folder(dir, run)
+listSaved <- function(dir, folder, run) {
+  folder <- saved_folder(dir, folder)
   lapply(list.files(folder, "[.]rcr$"), function(name) {
     path <- file.path(folder, name)
     list(name = name, size = file.size(path), elements = file_elements(path, run))
   })
 }
 
-readSaved <- function(dir, run, name, from, count) {
-  file <- file(file.path(saved_folder(dir, run), name), "rb")
+readSaved <- function(dir, folder, name, from, count) {
+  file <- file(file.path(saved_folder(dir, folder), name), "rb")
   on.exit(close(file))
   seek(file, from)
   readBin(file, "raw", count)
 }
 
 # Removes these files, and the folder if nothing is left in it.
-removeSaved <- function(dir, run, names = NULL) {
-  folder <- saved_folder(dir, run)
+removeSaved <- function(dir, folder, names = NULL) {
+  folder <- saved_folder(dir, folder)
   if (is.null(names)) {
     unlink(folder, recursive = TRUE)
   } else {

@@ -92,6 +92,7 @@ openStore <- function(dir, write = FALSE, info = readRunInfo(dir)) {
     store_open(dir, info$id, as.double(info$elements), if (write) lockText() else ""), dir
   )
   class(store) <- "rustcluster_store"
+  checkDamaged(store)
   store
 }
 
@@ -127,34 +128,68 @@ storeCounts <- function(store) {
   c(n = length(states), done = sum(states == 1L), failed = sum(states == 2L))
 }
 
-storeFailed <- function(store) which(storeStates(store) == 2L)
+storeFailed <- function(store) storeWhich(store, FALSE, TRUE)
+
+# Returns the indices of elements without a result (`missing`) or with an error (`failed`).
+storeWhich <- function(store, missing, failed) {
+  info <- store$info
+  checkedStore(store_which(storePointer(store), info$ids, as.double(info$n), missing, failed), store$dir)
+}
 
 # Returns the number of an element in the run.
 storeId <- function(store, i) if (is.null(store$info$ids)) i else store$info$ids[[i]]
 
 # Returns the result of an element, or its error as clusterLapply(.errors = "return") returns it.
 storeValue <- function(store, i) {
-  found <- checkedStore(store_read(storePointer(store), as.double(storeId(store, i))), store$dir)
+  read <- function() store_read(storePointer(store), as.double(storeId(store, i)))
+  found <- read()
+  if (is.null(found)) {
+    # The run may go on.
+    refreshStore(store)
+    found <- read()
+  }
+  if (isFailure(found) && found[["kind"]] == "run_damaged") noteDamaged(store, storeId(store, i))
+  checkedStore(found, store$dir)
   if (is.null(found)) {
     abort("not_computed", "element ", i, " has no result yet", fields = list(dir = store$dir, index = i))
   }
   found[[1L]]
 }
 
-# Returns the list of all results; NULL for elements without a result. Forgets damaged results with a warning.
-storeValues <- function(store, ids = store$info$ids) {
+# Returns the list of the results of these elements, given by their numbers in the run; NULL for elements without a
+# result. `tolerant`: whether damaged results are forgotten with a warning, instead of being an error.
+storeValues <- function(store, ids = store$info$ids, tolerant = FALSE) {
   read <- checkedStore(store_values(storePointer(store), ids), store$dir)
-  if (length(read[[2L]])) {
+  damaged <- sort(read[[2L]])
+  if (length(damaged)) {
+    noteDamaged(store, if (is.null(ids)) damaged else ids[damaged])
+    text <- paste0("the saved result of ", spanText(damaged, "element"), " in ", store$dir, " is damaged")
+    if (!tolerant) {
+      abort("run_damaged", text, "; compute it again by the same call, or by resume()",
+            fields = list(dir = store$dir, indices = damaged))
+    }
     warning(rustclusterCondition(
-      "run_damaged", paste0(
-        "the saved result of ", spanText(sort(read[[2L]]), "element"), " in ", store$dir,
-        " is damaged and does not count"
-      ),
-      type = "warning", dir = store$dir, indices = sort(read[[2L]])
+      "run_damaged", paste(text, "and is computed again"), type = "warning", dir = store$dir, indices = damaged
     ))
   }
   values <- read[[1L]]
   if (is.null(ids)) values[seq_len(store$info$n)] else values
+}
+
+# Notes elements, by their numbers in the run, whose results are damaged: they count as missing from now on, in every
+# session, until they have been computed again.
+noteDamaged <- function(store, ids) {
+  try(suppressWarnings(cat(ids, sep = "\n", file = runPath(store$dir, "damaged"), append = TRUE)), silent = TRUE)
+  checkDamaged(store)
+}
+
+# Forgets the results that are noted as damaged and still are.
+checkDamaged <- function(store) {
+  path <- runPath(store$dir, "damaged")
+  if (!file.exists(path)) return(invisible())
+  ids <- suppressWarnings(as.integer(readLines(path, warn = FALSE)))
+  checkedStore(store_check(store$pointer, ids[!is.na(ids)]), store$dir)
+  invisible()
 }
 
 # Returns the process that computes the run, or NULL.
@@ -224,8 +259,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
 
 # Sets the indices of the elements to compute.
 findMissing <- function(store) {
-  states <- storeStates(store)
-  store$todo <- which(if (store$retryErrors) states != 1L else states == 0L)
+  store$todo <- storeWhich(store, TRUE, store$retryErrors)
 }
 
 rVersionNumber <- function() {
@@ -235,17 +269,10 @@ rVersionNumber <- function() {
 
 newRunInfo <- function(X) {
   list(
-    format = runFormat, id = paste(as.character(randomBytes(8L)), collapse = ""), package = packageVersionText(),
+    format = runFormat, id = randomText(8L), package = packageVersionText(),
     r_version = rVersionText(), endian = .Platform$endian, created = Sys.time(), n = length(X), elements = length(X),
     ids = NULL
   )
-}
-
-# Returns bytes that do not depend on, and do not change, the random numbers of the session.
-randomBytes <- function(n) {
-  source <- file("/dev/urandom", "rb", raw = TRUE)
-  on.exit(close(source))
-  readBin(source, "raw", n)
 }
 
 # What `elements.rds` has: short vectors of numbers themselves, otherwise hashes of the elements.
@@ -279,8 +306,7 @@ compareRun <- function(store, now, X, reuse) {
   }
   elements <- readElements(store)
   # Fast path: hashes of many numbers take time and memory.
-  same <- is.null(info$ids) && !is.raw(elements) &&
-    identical(elements, unname(X), num.eq = FALSE, single.NA = FALSE, attrib.as.set = FALSE)
+  same <- is.null(info$ids) && !is.raw(elements) && same_numbers(elements, X)
   if (!same) {
     before <- storedHashes(elements)
     now$hashes <- elementHashes(X)
@@ -352,6 +378,8 @@ regroup <- function(store, before, now, X) {
   fresh <- which(is.na(ids))
   ids[fresh] <- length(old) + seq_along(fresh)
   store$info$ids <- as.integer(ids)
+  # A copy of the directory gives the same numbers to other elements: their results must not be confused on hosts.
+  store$info$folders <- c(foldersOf(store$info), randomText(8L))
   store$info$n <- length(new)
   store$info$elements <- length(old) + length(fresh)
   hashes <- c(before, pickHashes(now$hashes, fresh))

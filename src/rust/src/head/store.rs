@@ -150,6 +150,48 @@ fn store_states(store: Robj) -> Robj {
     })
 }
 
+/// Returns the indices of the elements that have no result (`missing`) or an error (`failed`). `ids`: the number of each
+/// element in the run, or `NULL` if these are the first `count` numbers.
+/// @noRd
+#[extendr]
+fn store_which(store: Robj, ids: Robj, count: f64, missing: bool, failed: bool) -> Robj {
+    with_store(&store, |store| {
+        let index = store.index.borrow();
+        let ids = ids.as_integer_slice();
+        let count = ids.map_or(count as usize, <[i32]>::len);
+        let is_wanted = |at: &usize| {
+            let id = ids.map_or(at + 1, |ids| ids[*at] as usize);
+            match index.state(id) {
+                State::Missing => missing,
+                State::Failed => failed,
+                State::Done => false,
+            }
+        };
+        let wanted = (0..count).filter(is_wanted).map(|at| at as i32 + 1);
+        Ok(wanted.collect::<Vec<i32>>().into())
+    })
+}
+
+/// Returns whether two vectors of numbers have the same type and the same bits. Does not expand compact vectors.
+/// @noRd
+#[extendr]
+fn same_numbers(a: Robj, b: Robj) -> bool {
+    // SAFETY: the vectors are alive, and types and lengths are checked.
+    unsafe {
+        let (a, b) = (a.get(), b.get());
+        let kind = TYPEOF(a);
+        if kind != TYPEOF(b) || XLENGTH(a) != XLENGTH(b) {
+            return false;
+        }
+        (0..XLENGTH(a)).all(|at| match kind {
+            SEXPTYPE::INTSXP => INTEGER_ELT(a, at) == INTEGER_ELT(b, at),
+            SEXPTYPE::LGLSXP => LOGICAL_ELT(a, at) == LOGICAL_ELT(b, at),
+            SEXPTYPE::REALSXP => REAL_ELT(a, at).to_bits() == REAL_ELT(b, at).to_bits(),
+            _ => false,
+        })
+    }
+}
+
 /// Returns the numbers of elements with a result and with an error.
 /// @noRd
 #[extendr]
@@ -361,6 +403,24 @@ fn store_values(store: Robj, elements: Robj) -> Robj {
     })
 }
 
+/// Forgets the results of these elements that are damaged.
+/// @noRd
+#[extendr]
+fn store_check(store: Robj, elements: &[i32]) -> Robj {
+    with_store(&store, |store| {
+        let mut index = store.index.borrow_mut();
+        for &element in elements {
+            let number = usize::try_from(element)
+                .ok()
+                .and_then(|at| index.record_of(at));
+            if let Some(number) = number.filter(|&number| index.read(number).is_err()) {
+                index.drop_record(number);
+            }
+        }
+        Ok(().into())
+    })
+}
+
 /// Starts to write results. `interval`: the least time in seconds between two calls of `fdatasync()`. `waits`: whether
 /// to try again while results cannot be written.
 /// @noRd
@@ -544,8 +604,8 @@ pub(super) fn storing(
     Ok(Some(storing))
 }
 
-/// Returns how workers save their results. `save`: `NULL`, or a list of the strings `run`, `host_dir`, `run_dir` and
-/// `nonce`, the integer `r_version`, and the flags `durable` and `values`: see [`SaveRequest`].
+/// Returns how workers save their results. `save`: `NULL`, or a list of the strings `run`, `folder`, `host_dir`, `run_dir`
+/// and `nonce`, the integer `r_version`, and the flags `durable` and `values`: see [`SaveRequest`].
 fn save_request(save: &Robj) -> std::result::Result<Option<SaveRequest>, Failure> {
     if save.is_null() {
         return Ok(None);
@@ -560,6 +620,7 @@ fn save_request(save: &Robj) -> std::result::Result<Option<SaveRequest>, Failure
     let flag = |name: &str| all.get(name).and_then(Robj::as_bool).unwrap_or(false);
     Ok(Some(SaveRequest {
         run: text("run")?.as_bytes().try_into().map_err(|_| bad())?,
+        folder: text("folder")?,
         host_dir: text("host_dir")?,
         run_dir: text("run_dir")?,
         nonce: text("nonce")?,
@@ -573,17 +634,11 @@ fn save_request(save: &Robj) -> std::result::Result<Option<SaveRequest>, Failure
     }))
 }
 
-/// Returns the folder of this host with saved results of a run.
+/// Returns the folder of this host with this name for saved results.
 /// @noRd
 #[extendr]
-fn saved_folder(host_dir: &str, run: &str) -> Robj {
-    match run.as_bytes().try_into() {
-        Ok(run) => save::folder(host_dir, run)
-            .to_string_lossy()
-            .into_owned()
-            .into(),
-        Err(_) => ().into(),
-    }
+fn saved_folder(host_dir: &str, name: &str) -> String {
+    save::folder(host_dir, name).to_string_lossy().into_owned()
 }
 
 /// Hashes R's serialization of a value, without its first bytes, which contain the version of R.
@@ -716,9 +771,12 @@ extendr_module! {
     fn store_refresh;
     fn store_states;
     fn store_counts;
+    fn store_which;
+    fn same_numbers;
     fn store_read;
     fn store_values;
     fn store_write;
+    fn store_check;
     fn store_put;
     fn store_flush;
     fn store_trouble;

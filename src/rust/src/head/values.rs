@@ -171,6 +171,7 @@ impl Storing {
                         .extend(elements.iter().map(|&one| (one, file)));
                     saving.files.push((host, name, elements.len()));
                 }
+                Saved::Nowhere(reason) if reason.is_empty() => {}
                 Saved::Nowhere(reason) => {
                     saving.unsaved.entry(host).or_insert(reason);
                 }

@@ -83,6 +83,8 @@ pub(super) struct ReceivedBatch {
     pub(super) save: Option<SaveRequest>,
     /// The numbers of the elements in the run, if the results are saved.
     pub(super) elements: Vec<u32>,
+    /// Whether the last element was interrupted.
+    pub(super) interrupted: bool,
 }
 
 impl ReceivedBatch {
@@ -92,6 +94,7 @@ impl ReceivedBatch {
         ReceivedBatch {
             save: save.and_then(|bytes| SaveRequest::decode(&bytes)),
             elements: Vec::new(),
+            interrupted: false,
             head,
             common,
             reused_list: None,
@@ -196,9 +199,19 @@ impl ReceivedBatch {
             return (prefix, results);
         };
         Saver::remove(request);
-        let saved = match stored::items_of(&results, &self.elements) {
+        // An element that was interrupted has no result. If the head takes the answer, it stores all of that.
+        let complete = self
+            .elements
+            .len()
+            .saturating_sub(usize::from(self.interrupted));
+        let complete = self.elements.get(..complete).unwrap_or_default();
+        let saved = match stored::items_of(&results, complete) {
             Some(items) => with_saver(request, |saver| saver.save(&items)),
             None => Saved::Nowhere("the results cannot be stored".into()),
+        };
+        let saved = match self.interrupted {
+            true => Saved::Nowhere(String::new()),
+            false => saved,
         };
         let is_needed = request.values || results.len() < SHORT;
         if saved == Saved::InRun && !is_needed {

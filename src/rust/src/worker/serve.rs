@@ -618,6 +618,7 @@ unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
             batch.append_result(failed.value);
             batch.whole = batch.results.len();
             failed.goes_on = batch.goes_on() && !batch.reading && !failed.interrupted;
+            batch.interrupted = failed.interrupted;
             if !failed.goes_on {
                 end_batch(batch, &mut failed.sink, None);
             }

@@ -22,7 +22,9 @@ pub const PROBE: &str = "probe";
 pub struct SaveRequest {
     /// The run.
     pub run: RunId,
-    /// The directory of the host, which gets a folder for the run: see [`folder`].
+    /// The folder for the run in the directory of the host.
+    pub folder: String,
+    /// The directory of the host: see [`folder`].
     pub host_dir: String,
     /// The directory of the run, as the head names it.
     pub run_dir: String,
@@ -48,6 +50,7 @@ impl SaveRequest {
         let flag = |is: bool| if is { "1" } else { "0" };
         let mut fields = vec![
             &*run,
+            &self.folder,
             &self.host_dir,
             &self.run_dir,
             &self.nonce,
@@ -65,6 +68,7 @@ impl SaveRequest {
         let mut fields = text.split(SEPARATOR);
         Some(SaveRequest {
             run: fields.next()?.as_bytes().try_into().ok()?,
+            folder: fields.next()?.to_owned(),
             host_dir: fields.next()?.to_owned(),
             run_dir: fields.next()?.to_owned(),
             nonce: fields.next()?.to_owned(),
@@ -190,9 +194,9 @@ impl Saver {
     }
 }
 
-/// Returns the folder of a host for the files of a run. `host_dir`: a path, which may start with `~/`, or `""` for the
+/// Returns the folder of a host with this name, for the files of a run. `host_dir`: a path, which may start with `~/`, or `""` for the
 /// user's cache.
-pub fn folder(host_dir: &str, run: RunId) -> PathBuf {
+pub fn folder(host_dir: &str, name: &str) -> PathBuf {
     let variable = |name| {
         std::env::var_os(name)
             .filter(|value| !value.is_empty())
@@ -207,11 +211,11 @@ pub fn folder(host_dir: &str, run: RunId) -> PathBuf {
         (_, Some(rest)) => home().join(rest),
         (path, None) => PathBuf::from(path),
     };
-    dir.join(&*String::from_utf8_lossy(&run))
+    dir.join(name)
 }
 
 fn folder_of(request: &SaveRequest) -> PathBuf {
-    folder(&request.host_dir, request.run)
+    folder(&request.host_dir, &request.folder)
 }
 
 fn append(series: &Series, output: &mut Option<Output>, items: &[Item]) -> io::Result<()> {

@@ -268,6 +268,7 @@ mod saving {
     fn request(dir: &Dir, nonce: &str) -> SaveRequest {
         SaveRequest {
             run: RUN,
+            folder: "folder".into(),
             host_dir: dir.0.join("host").to_string_lossy().into_owned(),
             run_dir: dir.0.to_string_lossy().into_owned(),
             nonce: nonce.into(),
@@ -296,7 +297,7 @@ mod saving {
         );
         request.remove.clear();
         assert_eq!(SaveRequest::decode(&request.encode()), Some(request));
-        for bytes in [&b""[..], b"\xff", b"short\0a\0b\0c\0x\0y"] {
+        for bytes in [&b""[..], b"\xff", b"short\0f\0a\0b\0c\0x\0y"] {
             assert_eq!(SaveRequest::decode(bytes), None);
         }
         for saved in [
@@ -331,7 +332,7 @@ mod saving {
         fs::write(dir.0.join(PROBE), "other").unwrap();
         let mut request = request(&dir, "nonce");
         let mut saver = Saver::new(&request);
-        let folder = dir.0.join("host").join("0123456789abcdef");
+        let folder = dir.0.join("host").join("folder");
         let names: Vec<String> = [1, 2]
             .map(|element| match saver.save(&[item(element)]) {
                 Saved::OnHost(name) => name,
@@ -348,4 +349,24 @@ mod saving {
         fs::write(dir.0.join("host"), "a file").unwrap();
         assert!(matches!(saver.save(&[item(1)]), Saved::Nowhere(_)));
     }
+}
+
+#[test]
+fn a_lock_is_held_until_it_is_dropped() {
+    use super::lock::{Lock, Owner};
+    let dir = Dir::new();
+    let path = dir.0.join("lock");
+    assert_eq!(Lock::owner(&path).unwrap(), None);
+    let lock = Lock::take(&path, "4711 pi\n").unwrap().unwrap();
+    let owner = Owner {
+        pid: Some(4711),
+        host: Some("pi".into()),
+    };
+    // Code of this process may read the file.
+    drop(fs::read(&path).unwrap());
+    assert_eq!(Lock::owner(&path).unwrap().as_ref(), Some(&owner));
+    assert_eq!(Lock::take(&path, "1 other").unwrap().unwrap_err(), owner);
+    drop(lock);
+    assert_eq!(Lock::owner(&path).unwrap(), None);
+    assert!(Lock::take(&path, "1 other").unwrap().is_ok());
 }
