@@ -482,6 +482,10 @@ store_values <- function(store, elements) .Call(wrap__store_values, store, eleme
 #' @noRd
 store_write <- function(store, r_version, interval, waits) .Call(wrap__store_write, store, r_version, interval, waits)
 
+#' Forgets the results of these elements that are damaged.
+#' @noRd
+store_check <- function(store, elements) .Call(wrap__store_check, store, elements)
+
 #' Stores the result of an element. `failed`: whether it is an error.
 #' @noRd
 store_put <- function(store, element, value, failed) .Call(wrap__store_put, store, element, value, failed)
@@ -502,9 +506,9 @@ store_close <- function(store) .Call(wrap__store_close, store)
 #' @noRd
 replace_durably <- function(from, to) .Call(wrap__replace_durably, from, to)
 
-#' Returns the folder of this host with saved results of a run.
+#' Returns the folder of this host with this name for saved results.
 #' @noRd
-saved_folder <- function(host_dir, run) .Call(wrap__saved_folder, host_dir, run)
+saved_folder <- function(host_dir, name) .Call(wrap__saved_folder, host_dir, name)
 
 #' Returns the numbers of the elements in a file of records; none if it is no file of this run.
 #' @noRd
