@@ -65,7 +65,7 @@ checkedStore <- function(result, dir) {
       ),
       run_damaged = abort(
         "run_damaged", "a result in ", if (is.null(result$file)) dir else result$file, " is damaged: ", reason,
-        "; call clusterLapply() with the same `.store`, without `.collect = FALSE`, to compute it again",
+        "; compute it again by the same call, or by resume()",
         fields = list(dir = dir, file = result$file)
       ),
       run_write_failed = abort(

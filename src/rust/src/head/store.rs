@@ -16,7 +16,7 @@ use rustcluster_core::store::lock::{Lock, Owner};
 use rustcluster_core::store::record::{Kind, RunId};
 use rustcluster_core::store::save::{self, SaveRequest};
 use rustcluster_core::store::{Index, State, Writer, WriterSettings, elements_of_file};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
 use std::fs::File;
 use std::io::Write;
@@ -35,6 +35,8 @@ struct Store {
     lock: RefCell<Option<Lock>>,
     /// The record that was read last: its number, its elements and its payload.
     last: RefCell<Option<(usize, Vec<u32>, Robj)>>,
+    /// The position of the element that was read last, in that record.
+    last_at: Cell<usize>,
 }
 
 impl Drop for Store {
@@ -86,6 +88,7 @@ fn store_open(dir: &str, run: &str, elements: f64, owner: &str) -> Robj {
             writer: RefCell::new(None),
             lock: RefCell::new(lock),
             last: RefCell::new(None),
+            last_at: Cell::new(0),
         })
     };
     open().map_or_else(Robj::from, |store| ExternalPtr::new(store).into())
@@ -280,7 +283,11 @@ fn store_read(store: Robj, element: f64) -> Robj {
         let Some((_, elements, values)) = last.as_ref() else {
             return Ok(().into());
         };
-        let at = elements.iter().position(|&other| other as usize == element);
+        // Elements are mostly read one after the other.
+        let is_at = |&at: &usize| elements.get(at).is_some_and(|&one| one as usize == element);
+        let next = Some(store.last_at.get() + 1).filter(is_at);
+        let at = next.or_else(|| (0..elements.len()).find(is_at));
+        store.last_at.set(at.unwrap_or(0));
         let value = at.and_then(|at| value_at(values, at)).unwrap_or_default();
         Ok(list!(value, state == State::Failed).into())
     })
