@@ -32,7 +32,8 @@ beginSaving <- function(store, cl, dir, values, durable) {
   if (!written) abort("run_write_failed", "cannot write ", probe, fields = list(dir = store$dir))
   store$trouble <- ""
   store$save <- list(
-    run = store$info$id, folder = currentFolder(store$info), host_dir = dir, run_dir = normalizePath(store$dir), nonce = nonce,
+    run = store$info$id, folder = currentFolder(store$info), host_dir = dir, run_dir = normalizePath(store$dir),
+    nonce = nonce,
     r_version = rVersionNumber(), durable = durable, values = values
   )
 }

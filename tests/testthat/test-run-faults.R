@@ -99,7 +99,7 @@ test_that("no cut loses, changes or repeats a result that was durable", {
         agent = kill_one(child_pids(child, "agents")),
         disk = system2("prlimit", c("--pid", child$pid, paste0("--fsize=", 3e5 + sample.int(3e5, 1L)))),
         link = {
-          links <- Filter(function(pid) grepl("^ssh ", process_command(pid)), descendants(child$pid))
+          links <- Filter(function(pid) startsWith(process_command(pid), "ssh "), descendants(child$pid))
           if (length(links)) tools::pskill(links[[sample.int(length(links), 1L)]], tools::SIGKILL)
         }
       )

@@ -10,7 +10,7 @@ environment(spaced) <- globalenv()
 damage <- function(dir) {
   file <- list.files(file.path(dir, "results"), full.names = TRUE)[[1L]]
   con <- file(file, "r+b")
-  on.exit(close(con))
+  on.exit(close(con), add = TRUE, after = FALSE)
   seek(con, 1000L, rw = "write")
   writeBin(as.raw(rep(255L, 9L)), con)
 }
