@@ -81,9 +81,15 @@ writeRecord <- function(value, path) {
   }
 }
 
+# Returns whether a later session has the cluster: this one was lost to the agents.
+isTakenOver <- function(handle) {
+  record <- readRecord(recordPath(handle$linger$id))
+  !is.null(record) && record$linger$generation > handle$linger$generation
+}
+
 # Records the cluster as it is now.
 saveRecord <- function(handle) {
-  if (is.null(handle$linger)) return(invisible())
+  if (is.null(handle$linger) || isTakenOver(handle)) return(invisible())
   makeRecordDirectory()
   writeRecord(list(
     format = recordFormat, package = packageVersionText(), linger = handle$linger,
@@ -103,7 +109,7 @@ recordChange <- function(handle) {
 
 removeRecord <- function(handle) {
   if (is.null(handle$linger)) return(invisible())
-  unlink(recordPath(handle$linger$id))
+  if (!isTakenOver(handle)) unlink(recordPath(handle$linger$id))
   suppressWarnings(rm(list = handle$linger$id, envir = lingerKeys))
 }
 

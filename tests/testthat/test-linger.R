@@ -376,6 +376,44 @@ test_that("a host that is gone when the cluster is reattached is reconnected wit
   expect_gone(c(pids, leftovers$pids))
 })
 
+test_that("a session whose link was frozen finds out that it has lost its cluster", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  first <- start_child({
+    cl <- makeRustCluster(c("127.0.0.2" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60, heartbeat_timeout = 2)
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+    while (!file.exists(file.path(dir, "go"))) Sys.sleep(0.05)
+    error <- tryCatch({
+      clusterCall(cl, Sys.getpid)
+      "none"
+    }, error = function(e) class(e)[[1L]])
+    say("error", error)
+    stopCluster(cl)
+    say("stopped")
+  }, env = record_env, values = list(rshcmd = ssh$rshcmd))
+  id <- child_wait_for(first, "id")
+  pids <- lingering_pids(first)
+  child_signal(first, tools::SIGSTOP)
+  cl <- NULL
+  # Until the agent has missed the heartbeats, it belongs to the first session.
+  expect_true(wait_until(function() {
+    cl <<- tryCatch(reattachCluster(id), rustcluster_in_use = function(e) NULL)
+    !is.null(cl)
+  }, 30))
+  child_signal(first, tools::SIGCONT)
+  file.create(file.path(first$dir, "go"))
+  child_wait_for(first, "stopped")
+  expect_identical(child_said(first, "error"), "rustcluster_host_failed")
+  expect_child_ends_well(first)
+  # The first session has not ended the cluster, and has left its record alone.
+  expect_identical(clusterCall(cl, Sys.getpid), as.list(child_pids(first, "workers")))
+  expect_identical(listClusters()$state, "in use")
+  parallel::stopCluster(cl)
+  expect_gone(pids)
+})
+
 test_that("a peer without the key is not heard, and a head that has lost its cluster knows", {
   cl <- makeRustCluster(1, linger = 60)
   note_processes(cl)

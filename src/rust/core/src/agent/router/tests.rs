@@ -441,3 +441,89 @@ fn memory_that_nobody_asked_for_is_an_error() {
         assert!(result.is_err());
     }
 }
+
+#[test]
+fn a_task_that_has_begun_is_ended_without_its_head() {
+    let mut router = up();
+    from_head(&mut router, data(1, b"task"));
+    // The next task is prefetched, and is dropped with its head.
+    assert!(from_head(&mut router, data(2, b"next")).is_empty());
+    let mut acts = Vec::new();
+    router.detach(Duration::ZERO, &mut acts).unwrap();
+    assert!(matches!(acts[..], [Act::ReadAgain(0)]));
+    // A long answer needs no credit.
+    let long = Bytes::from(vec![7; frame::MAX_BODY]);
+    let first = Frame::new(Kind::Data, FIRST, 0, 1, long.clone());
+    let more = Frame::new(Kind::Data, 0, 0, 1, long);
+    let mut frames = vec![first];
+    frames.resize(20, more);
+    let acts = from_worker(&mut router, &frames);
+    assert!(acts.len() == 20 && acts.iter().all(|act| matches!(act, Act::Keep(_))));
+    // Another head comes before the end. It is told that the worker is up once the task has ended.
+    assert_eq!(router.attach(0, &[0]), [Kept::Busy]);
+    assert!(router.is_unknown_to_head(0));
+    let last = Frame::new(Kind::Data, LAST, 0, 1, Bytes::new());
+    let acts = from_worker(&mut router, &[last]);
+    assert!(matches!(
+        acts[..],
+        [Act::Keep(_), Act::Up { worker: 0, .. }]
+    ));
+    assert!(router.introduce(0) && !router.introduce(0));
+    let acts = from_head(&mut router, data(1 << 36, b"task"));
+    assert!(matches!(&acts[..], [Act::ToWorker(frame)] if frame.header.task == 1 << 36));
+    let acts = from_worker(&mut router, &[data(1 << 36, b"answer")]);
+    assert!(matches!(acts[..], [Act::ToHead(_)]));
+}
+
+#[test]
+fn a_task_that_has_arrived_in_part_is_dropped_with_its_head() {
+    let mut router = up();
+    let part = Frame::new(Kind::Data, FIRST, 0, 1, Bytes::from_static(b"part"));
+    from_head(&mut router, part);
+    let mut acts = Vec::new();
+    router.detach(Duration::ZERO, &mut acts).unwrap();
+    let is_abort = |frame: &Frame| frame.header.flags == LAST | ABORT && frame.header.task == 1;
+    assert!(matches!(&acts[..], [Act::ToWorker(frame)] if is_abort(frame)));
+    assert_eq!(router.attach(0, &[0]), [Kept::Idle]);
+    assert!(!router.is_unknown_to_head(0));
+}
+
+#[test]
+fn set_up_calls_survive_their_head_and_can_be_listed() {
+    let mut router = up();
+    let name = |name: u64| Bytes::copy_from_slice(&name.to_le_bytes());
+    for (task, called) in [(1, 7), (2, 0)] {
+        let state = Frame::new(Kind::State, 0, 0, task, name(called));
+        from_head(&mut router, state);
+        from_head(&mut router, data(task, b"call"));
+        from_worker(&mut router, &[data(task, b"done")]);
+    }
+    router.detach(Duration::ZERO, &mut Vec::new()).unwrap();
+    assert_eq!(router.attach(0, &[0]), [Kept::Idle]);
+    let acts = from_head(&mut router, control::encode(&ToAgent::SetupLog).unwrap());
+    let [
+        Act::Report(ToHead::SetupCalls {
+            complete: true,
+            calls,
+            last: true,
+            ..
+        }),
+    ] = &acts[..]
+    else {
+        panic!("{acts:?}");
+    };
+    let names: Vec<u64> = calls.iter().map(|&(name, _)| name).collect();
+    assert_eq!(names, [7, 0]);
+    let ask = |digest| ToAgent::SetupCall {
+        worker: 0,
+        digest,
+        request: 5,
+    };
+    let acts = from_head(&mut router, control::encode(&ask(calls[0].1)).unwrap());
+    let [Act::SendCall { request: 5, call }] = &acts[..] else {
+        panic!("{acts:?}");
+    };
+    assert_eq!(call.as_ref().unwrap().pieces, [&b"call"[..]]);
+    let acts = from_head(&mut router, control::encode(&ask(1)).unwrap());
+    assert!(matches!(acts[..], [Act::SendCall { call: None, .. }]));
+}
