@@ -27,7 +27,10 @@ checkLinger <- function(hosts) {
 # Returns how an agent waits for its head. `i`: its index among the hosts of the cluster.
 agentLinger <- function(linger, i) {
   if (is.null(linger)) return(NULL)
-  list(seconds = linger$seconds, name = socketName(linger, i), key = lingerKeys[[linger$id]])
+  list(
+    seconds = linger$seconds, name = socketName(linger, i), key = lingerKeys[[linger$id]],
+    generation = linger$generation
+  )
 }
 
 # The name of the directory of an agent's socket.
