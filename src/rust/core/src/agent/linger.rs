@@ -94,6 +94,9 @@ fn directory_in(parent: &Path, name: &str) -> io::Result<PathBuf> {
     Ok(directory)
 }
 
+/// A file in the directory of an agent that has no head: when it was written, the agent lost its head.
+const LOST: &str = "lost";
+
 /// The socket in the directory of an agent.
 pub fn socket(directory: &Path) -> PathBuf {
     directory.join("socket")
@@ -402,6 +405,7 @@ impl Agent {
         if matches!(self.link, Link::Down { .. }) {
             return;
         }
+        let _ = fs::write(lingering.directory.join(LOST), []);
         self.link = Link::Down { until };
         self.close_stream();
         self.heartbeat = None;
@@ -579,6 +583,7 @@ impl Agent {
             lingering.time = Duration::from_millis(linger.milliseconds);
             lingering.generation = linger.generation;
         }
+        let _ = fs::remove_file(lingering.directory.join(LOST));
         let timeout = Duration::from_millis(start.heartbeat_timeout.into());
         self.heartbeat =
             (!timeout.is_zero()).then(|| Heartbeat::new(timeout, self.epoch.elapsed()));
