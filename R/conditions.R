@@ -218,7 +218,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     } else {
       paste0(node, " has been stopped")
     },
-    restored = paste0(
+    restored = if (!is.null(handle$linger)) paste0(
+      "cluster ", handle$linger$id, " has been stopped, or its `linger` time is over; create a new one with ",
+      "makeRustCluster()"
+    ) else paste0(
       "this cluster was saved and loaded, or copied to another process: its workers belong to ",
       "the session that made them; create a new one with makeRustCluster()"
     ),

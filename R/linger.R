@@ -27,7 +27,10 @@ checkLinger <- function(hosts) {
 # Returns how an agent waits for its head. `i`: its index among the hosts of the cluster.
 agentLinger <- function(linger, i) {
   if (is.null(linger)) return(NULL)
-  list(seconds = linger$seconds, name = socketName(linger, i), key = lingerKeys[[linger$id]])
+  list(
+    seconds = linger$seconds, name = socketName(linger, i), key = lingerKeys[[linger$id]],
+    generation = linger$generation
+  )
 }
 
 # The name of the directory of an agent's socket.
@@ -93,7 +96,7 @@ saveRecord <- function(handle) {
   makeRecordDirectory()
   writeRecord(list(
     format = recordFormat, package = packageVersionText(), linger = handle$linger,
-    key = lingerKeys[[handle$linger$id]], head = thisProcess(), seen = NULL, streams = handle$streams$last,
+    key = lingerKeys[[handle$linger$id]], head = thisProcess(), streams = handle$streams$last,
     handle = mget(recordedFields, envir = handle, ifnotfound = list(NULL))
   ), recordPath(handle$linger$id))
 }
@@ -109,59 +112,157 @@ recordChange <- function(handle) {
 
 removeRecord <- function(handle) {
   if (is.null(handle$linger)) return(invisible())
-  if (!isTakenOver(handle)) unlink(recordPath(handle$linger$id))
+  if (!isTakenOver(handle)) forgetRecord(recordPath(handle$linger$id))
   suppressWarnings(rm(list = handle$linger$id, envir = lingerKeys))
 }
 
 # Returns what identifies a process: its pid may be used again.
-thisProcess <- function(pid = Sys.getpid()) {
-  list(pid = pid, machine = Sys.info()[["nodename"]], started = startOfProcess(pid))
+thisProcess <- function(pid = Sys.getpid()) c(list(pid = pid, started = startOfProcess(pid)), thisMachine())
+
+# Returns what identifies this machine: its `name` and `id`, which are not always unique, and its `boot` and namespace of
+# pids (`pids`), in which a pid means something.
+thisMachine <- function() {
+  line <- function(path) c(tryCatch(suppressWarnings(readLines(path, 1L)), error = function(e) ""), "")[[1L]]
+  list(
+    machine = Sys.info()[["nodename"]], id = line("/etc/machine-id"), boot = line("/proc/sys/kernel/random/boot_id"),
+    pids = Sys.readlink("/proc/self/ns/pid")
+  )
 }
 
+# Returns when a process was started, as a text; NA if there is none, or only its parent has not heard of its end yet.
 startOfProcess <- function(pid) {
   line <- tryCatch(
     suppressWarnings(readLines(sprintf("/proc/%d/stat", as.integer(pid)), 1L)), error = function(e) character()
   )
   if (!length(line)) return(NA_character_)
   # The name of the process may contain blanks and parentheses.
-  strsplit(sub("^.*[)] ", "", line), " ", fixed = TRUE)[[1L]][[20L]]
+  fields <- strsplit(sub("^.*[)] ", "", line), " ", fixed = TRUE)[[1L]]
+  if (fields[[1L]] %in% c("Z", "X", "x")) NA_character_ else fields[[20L]]
 }
 
-isRunning <- function(process) {
-  identical(process$machine, Sys.info()[["nodename"]]) && isTRUE(tools::pskill(process$pid, 0L)) &&
-    identical(startOfProcess(process$pid), process$started)
+# Returns "running" or "ended"; "elsewhere" for a process whose pid says nothing here.
+stateOfProcess <- function(process) {
+  here <- thisMachine()
+  if (identical(process[c("boot", "pids")], here[c("boot", "pids")])) {
+    started <- startOfProcess(process$pid)
+    return(if (!is.na(started) && identical(started, process$started)) "running" else "ended")
+  }
+  # This machine has been started again.
+  same <- identical(process[c("machine", "id")], here[c("machine", "id")])
+  if (same && !identical(process$boot, here$boot)) "ended" else "elsewhere"
 }
 
 # Returns a record, or NULL if there is none that this version can read.
 readRecord <- function(path) {
   record <- tryCatch(suppressWarnings(readRDS(path)), error = function(e) NULL)
-  if (is.list(record) && identical(record$format, recordFormat)) record
+  if (is.list(record) && identical(record$format, recordFormat) && isRecord(record, basename(path))) record
 }
+
+# Whether a list has what a record needs. Anybody may have put the file there.
+isRecord <- function(record, name) {
+  number <- function(x) is.numeric(x) && length(x) == 1L && !is.na(x)
+  text <- function(x) is.character(x) && length(x) == 1L && !is.na(x)
+  linger <- record$linger
+  fields <- record$handle
+  is.list(linger) && identical(paste0(linger$id, ".rds"), name) && number(linger$seconds) &&
+    number(linger$generation) && inherits(linger$created, "POSIXct") && length(linger$created) == 1L &&
+    text(record$key) && is.list(record$head) && number(record$head$pid) && is.list(fields) &&
+    length(fields$agents) > 0L && is.numeric(fields$owner) && is.list(fields$settings)
+}
+
+# Beyond its time, for how long the record of a cluster is kept that has agents on other hosts, and how long that of a
+# cluster that another machine has made, in seconds. Their agents may have missed the end of their head for a while.
+recordGrace <- 120
+foreignGrace <- 365 * 86400
 
 # Returns the records, by id. Removes those of clusters that are over.
 allRecords <- function() {
   paths <- list.files(recordDirectory(), "^[0-9a-f]{16}[.]rds$", full.names = TRUE)
-  records <- lapply(paths, function(path) {
-    record <- readRecord(path)
-    if (is.null(record) || isRunning(record$head)) return(record)
-    if (is.null(record$seen)) {
-      # The head has ended at this time or before.
-      record$seen <- Sys.time()
-      tryCatch(writeRecord(record, path), error = identity)
-    }
-    if (timeLeft(record) > 0) return(record)
-    unlink(path)
-    NULL
-  })
-  records <- Filter(Negate(is.null), records)
+  records <- Filter(Negate(is.null), lapply(paths, checkedRecord))
   names(records) <- vapply(records, function(record) record$linger$id, "")
   records
 }
 
+theRecordOf <- function(id) checkedRecord(recordPath(id))
+
+# Returns a record with the `state` of its head and the time when it ended (`lost`), or NULL if the cluster is over.
+checkedRecord <- function(path) {
+  record <- readRecord(path)
+  if (is.null(record)) return(NULL)
+  record$state <- stateOfProcess(record$head)
+  if (record$state == "running") return(record)
+  if (record$state == "elsewhere") {
+    # Only the machine that made the cluster knows whether it is over.
+    age <- as.double(difftime(Sys.time(), file.info(path)$mtime, units = "secs"))
+    if (!isTRUE(age > record$linger$seconds + foreignGrace)) return(record)
+    forgetRecord(path)
+    return(NULL)
+  }
+  used <- record$handle$owner[alive(record$handle)]
+  local <- vapply(record$handle$agents[used], function(host) isTRUE(host$local), NA)
+  directories <- socketDirectories(record$linger, unique(used[local]))
+  # An agent that waits has its directory, however slow it is, and none survives a restart of the machine.
+  there <- dir.exists(directories) & identical(record$head$boot, thisMachine()$boot)
+  if (all(local) && !any(there)) {
+    forgetRecord(path)
+    return(NULL)
+  }
+  record$lost <- lostAt(record, path, directories[there])
+  if (any(there) || timeLeft(record) > 0) return(record)
+  if (timeLeft(record) < -recordGrace) forgetRecord(path)
+  NULL
+}
+
+# Where agents of this machine have their sockets.
+socketDirectories <- function(linger, i) {
+  usual <- file.path("/tmp", socketName(linger, i))
+  other <- file.path(Sys.getenv("TMPDIR", "/tmp"), basename(usual))
+  ifelse(dir.exists(usual), usual, other)
+}
+
+# Returns the time when the agents lost their head, as nearly as it can be known. The agents of this machine have noted
+# it. The head has ended when a session sees that for the first time, or before.
+lostAt <- function(record, path, directories) {
+  noted <- file.info(file.path(directories, "lost"))$mtime
+  if (any(!is.na(noted))) return(max(noted, na.rm = TRUE))
+  beside <- seenPath(path)
+  seen <- tryCatch(suppressWarnings(readRDS(beside)), error = function(e) NULL)
+  if (is.list(seen) && identical(seen$head, record$head) && inherits(seen$time, "POSIXct")) return(seen$time)
+  now <- Sys.time()
+  tryCatch(writeRecord(list(head = record$head, time = now), beside), error = identity)
+  now
+}
+
+# The file that says when a session has first seen that the head of a cluster has ended.
+seenPath <- function(path) sub("[.]rds$", ".seen", path)
+
+forgetRecord <- function(path) unlink(c(path, seenPath(path)))
+
 # Returns for how long the agents wait for a head at most, in seconds.
 timeLeft <- function(record) {
-  if (is.null(record$seen)) return(NA_real_)
-  record$linger$seconds - as.double(difftime(Sys.time(), record$seen, units = "secs"))
+  if (is.null(record$lost)) return(NA_real_)
+  record$linger$seconds - as.double(difftime(Sys.time(), record$lost, units = "secs"))
+}
+
+# Returns why a copy of a cluster cannot be used, as part of a sentence.
+lingerFate <- function(id) {
+  record <- theRecordOf(id)
+  if (is.null(record)) return(" that has been stopped, or whose `linger` time is over")
+  if (record$state == "elsewhere") return(" that a session uses, or has used, on another machine")
+  if (record$state != "running") return(" that waits for its session: its first use connects it")
+  if (isThisProcess(record$head)) return(" that is a copy of one that this session uses")
+  " that another session uses"
+}
+
+isThisProcess <- function(process) {
+  identical(process$pid, Sys.getpid()) && stateOfProcess(process) == "running"
+}
+
+# Whether a handle is a copy of that of a cluster that another session has stopped, or that has waited in vain.
+isOver <- function(handle) {
+  if (is.null(handle$linger) || identical(handle$session, session) || isTRUE(handle$stopped)) return(FALSE)
+  pids <- hub_pids(handle$pointer)
+  isFailure(pids) && identical(pids[["kind"]], "restored") && is.null(theRecordOf(handle$linger$id))
 }
 
 # Functions for users ------------------------------------------------------------------------------
@@ -176,10 +277,13 @@ timeLeft <- function(record) {
 #' @param progress (logical) Whether to print a line for each host that has been connected.
 #' @return `clusterId()`: (character) the id of the cluster; `NA` for a cluster without `linger`.
 #'
-#'   `listClusters()`: a data frame with a row for each cluster of this user that was started on this machine with
-#'   `linger` and may still exist: `id`, `created`, `hosts` (number of hosts), `workers` (number of workers), `state`
-#'   (`"in use"` if the session that uses the cluster runs, else `"lingering"`), `left` (seconds until the agents end,
-#'   at most; `NA` while a session uses the cluster).
+#'   `listClusters()`: a data frame with a row for each cluster of this user that was made with `linger` and may still
+#'   exist: `id`, `created`, `hosts` (number of hosts), `workers` (number of workers), `state` (`"in use"` if the
+#'   session that uses the cluster runs, `"lingering"` if it has ended, `"elsewhere"` if its last session was on another
+#'   machine with the same home directory, which alone can tell), `left` (seconds until the agents end, at most; `NA`
+#'   unless the cluster lingers). The time counts from when the agents of this machine lost their session. For a
+#'   cluster of other hosts only, it counts from when `listClusters()` or another function here first saw that the
+#'   session had ended.
 #'
 #'   `reattachCluster()`: the cluster, with all its nodes, in the order in which they were made. The workers are the
 #'   same processes, with their variables, attached packages and random numbers. Nodes that were lost in the meantime
@@ -211,8 +315,10 @@ listClusters <- function() {
     created = as.POSIXct(value(function(record) as.double(record$linger$created), 0), origin = "1970-01-01"),
     hosts = value(function(record) length(unique(record$handle$owner[record$handle$alive])), 0L),
     workers = value(function(record) length(record$handle$alive), 0L),
-    state = value(function(record) if (isRunning(record$head)) "in use" else "lingering", ""),
-    left = value(timeLeft, 0), stringsAsFactors = FALSE
+    state = value(function(record) {
+      switch(record$state, running = "in use", ended = "lingering", record$state)
+    }, ""),
+    left = value(function(record) max(timeLeft(record), 0), 0), stringsAsFactors = FALSE
   )
   rows[order(rows$created), ]
 }
@@ -305,7 +411,7 @@ theRecord <- function(id) {
   if (!is.character(id) || length(id) != 1L || !isTRUE(grepl("^[0-9a-f]{16}$", id))) {
     badArgument("id", "must be the id of one cluster, as listClusters() has it")
   }
-  record <- allRecords()[[id]]
+  record <- theRecordOf(id)
   if (is.null(record)) noCluster(id)
   record
 }
@@ -313,7 +419,7 @@ theRecord <- function(id) {
 noCluster <- function(id, ...) {
   abort(
     "no_cluster", "there is no cluster ", id, " that waits for a session", ...,
-    "; listClusters() shows those that do", fields = list(id = id)
+    ownLine(paste0(...)), "listClusters() shows those that do", fields = list(id = id)
   )
 }
 
@@ -375,21 +481,26 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
   there <- is.na(hosts$reason) & !is.na(hosts$r_version)
   if (any(hosts$in_use %in% 1)) {
     abort(
-      "in_use", "cluster ", linger$id, " is connected to another session",
-      ownLine("the cluster"), "it can be taken over when that session has ended",
+      "in_use", "cluster ", linger$id, " is connected to ",
+      if (isThisProcess(record$head)) {
+        "this session, by another object than this one; use the cluster that was made or reattached"
+      } else {
+        "another session; it can be taken over when that session has ended"
+      },
       fields = list(id = linger$id)
     )
   }
   used <- seq_along(launches) %in% fields$owner[alive(fields)]
   if (!any(there & used)) {
-    # A host that cannot be reached now may be reached later.
-    if (all(fields$agents[used] %in% Filter(function(host) host$local, fields$agents))) {
-      unlink(recordPath(linger$id))
-    }
-    why <- paste0("\n", fields$report$host[used], ": ", hosts$reason[used], ifelse(
-      is.na(hosts$stderr[used]) | !nzchar(hosts$stderr[used]), "", paste0(": ", hosts$stderr[used])
-    ))
-    noCluster(linger$id, ":", paste(why, collapse = ""), "\n")
+    # A host that cannot be reached now may be reached later, and an agent that is slow may answer later. Nobody listens:
+    # ENOENT or ECONNREFUSED.
+    none <- "^(no agent of the cluster waits on this machine): .*[(]os error (2|111)[)]$"
+    gone <- grepl(none, hosts$reason)
+    if (all(gone[used]) && stateOfProcess(record$head) != "elsewhere") forgetRecord(recordPath(linger$id))
+    reason <- ifelse(is.na(hosts$reason), "its agent does not answer", sub(none, "\\1", hosts$reason))
+    stderr <- sub("[[:space:]]+$", "", hosts$stderr)
+    reason <- paste0(reason, ifelse(is.na(stderr) | !nzchar(stderr), "", paste0(": ", stderr)))
+    noCluster(linger$id, ":", paste0("\n", fields$report$host[used], ": ", reason[used], collapse = ""))
   }
 
   handle <- newHandle(pointer, fields$agents, handle)
@@ -427,15 +538,15 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
   handle
 }
 
-# The name of this session, which a restored handle does not have.
+# The mark of handles of this session. A copy of a handle has another object.
 session <- new.env(parent = emptyenv())
 
 # Connects a restored cluster to this session, if its agents wait for one. Otherwise the cluster cannot be used.
 revive <- function(handle) {
-  if (is.null(handle$linger) || identical(handle$session, session$name) || isTRUE(handle$stopped)) return(invisible())
+  if (is.null(handle$linger) || identical(handle$session, session) || isTRUE(handle$stopped)) return(invisible())
   pids <- hub_pids(handle$pointer)
   if (!isFailure(pids) || !identical(pids[["kind"]], "restored")) return(invisible())
-  record <- allRecords()[[handle$linger$id]]
+  record <- theRecordOf(handle$linger$id)
   if (is.null(record)) return(invisible())
   takeUp(record, handle)
   message(rustclusterCondition(

@@ -251,7 +251,7 @@ clusterAlive <- function(cl) {
 fate <- function(handle) {
   pids <- if (!handle$stopped) hub_pids(handle$pointer)
   if (isFailure(pids) && identical(pids[["kind"]], "restored") && !is.null(handle$linger)) {
-    if (handle$linger$id %in% names(allRecords())) return(" that waits for its session: its first use connects it")
+    return(lingerFate(handle$linger$id))
   }
   kind <- if (handle$stopped) "stopped" else if (isFailure(pids)) pids[["kind"]] else ""
   switch(kind,
@@ -270,7 +270,8 @@ print.RustCluster <- function(x, ...) {
   cat(format(x), "\n", sep = "")
   handles <- lapply(clustersAmong(x, which(areOurs(x))), `[[`, "handle")
   unusable <- vapply(handles, function(handle) {
-    !handle$stopped && nzchar(fate(handle)) && !grepl("waits for its session", fate(handle), fixed = TRUE)
+    fate <- fate(handle)
+    !handle$stopped && nzchar(fate) && !grepl("waits for its session|session uses", fate)
   }, NA)
   if (any(unusable)) cat("Create a new one with makeRustCluster()\n")
   invisible(x)

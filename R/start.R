@@ -21,7 +21,7 @@ newHandle <- function(pointer, agents, handle = new.env(parent = emptyenv())) {
   handle$streams <- NULL
   # How the cluster waits for its head, if it does (linger.R).
   handle$linger <- NULL
-  handle$session <- session$name
+  handle$session <- session
   handle$bufferLimit <- 0
   # Ranks that have not been stopped.
   handle$alive <- integer()

@@ -142,9 +142,13 @@ NULL
 #' * Workers keep their variables, attached packages and random numbers. Tasks that had begun are completed. Tasks that
 #'   had been sent ahead and had not begun are dropped.
 #' * [listClusters()] shows the cluster to new sessions of the same user on the same machine, and [reattachCluster()]
-#'   connects a session to it. A cluster in a saved workspace reattaches at its first use, with a message.
-#'   `killCluster()` ends the cluster.
-#' * Only one session at a time has the cluster. While a session is connected, no other session is accepted.
+#'   connects a session to it. A cluster in a saved workspace reattaches at its first use after
+#'   `library(rustcluster)`, with a message. `killCluster()` ends the cluster.
+#' * Only one session at a time has the cluster. While a session is connected, no other session is accepted. Agents on
+#'   other hosts give up a session that is frozen (SIGSTOP, a suspended laptop) after `heartbeat_timeout` seconds. When
+#'   it goes on after another session has taken the cluster over, its calls fail with `rustcluster_host_failed`, also
+#'   with `reconnect = TRUE`. Agents on the machine of the session do not give it up as long as its process exists: a
+#'   frozen session keeps a local cluster.
 #' * An agent ends when nobody has come in time, and at once when it gets SIGTERM. Nothing is left then.
 #'
 #' The session records the cluster in a file that only the user can read, in

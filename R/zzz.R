@@ -1,5 +1,4 @@
 .onLoad <- function(libname, pkgname) {
-  session$name <- basename(tempfile("session"))
   findParallels()
   findVerbs()
   registerType()

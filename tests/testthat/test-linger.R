@@ -379,39 +379,145 @@ test_that("a host that is gone when the cluster is reattached is reconnected wit
 test_that("a session whose link was frozen finds out that it has lost its cluster", {
   skip_without_sshd()
   ssh <- local_sshd()
-  first <- start_child({
-    cl <- makeRustCluster(c("127.0.0.2" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60, heartbeat_timeout = 2)
-    say("workers", paste(clusterPids(cl), collapse = " "))
-    say("agents", paste(agentPids(cl), collapse = " "))
-    say("id", clusterId(cl))
-    while (!file.exists(file.path(dir, "go"))) Sys.sleep(0.05)
-    error <- tryCatch({
-      clusterCall(cl, Sys.getpid)
-      "none"
-    }, error = function(e) class(e)[[1L]])
-    say("error", error)
-    stopCluster(cl)
-    say("stopped")
-  }, env = record_env, values = list(rshcmd = ssh$rshcmd))
-  id <- child_wait_for(first, "id")
-  pids <- lingering_pids(first)
-  child_signal(first, tools::SIGSTOP)
-  cl <- NULL
-  # Until the agent has missed the heartbeats, it belongs to the first session.
-  expect_true(wait_until(function() {
-    cl <<- tryCatch(reattachCluster(id), rustcluster_in_use = function(e) NULL)
-    !is.null(cl)
-  }, 30))
-  child_signal(first, tools::SIGCONT)
-  file.create(file.path(first$dir, "go"))
-  child_wait_for(first, "stopped")
-  expect_identical(child_said(first, "error"), "rustcluster_host_failed")
-  expect_child_ends_well(first)
-  # The first session has not ended the cluster, and has left its record alone.
-  expect_identical(clusterCall(cl, Sys.getpid), as.list(child_pids(first, "workers")))
-  expect_identical(listClusters()$state, "in use")
+  for (reconnect in c(FALSE, TRUE)) {
+    first <- start_child({
+      cl <- makeRustCluster(
+        c("127.0.0.2" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60, heartbeat_timeout = 2,
+        reconnect = reconnect
+      )
+      say("workers", paste(clusterPids(cl), collapse = " "))
+      say("agents", paste(agentPids(cl), collapse = " "))
+      say("id", clusterId(cl))
+      while (!file.exists(file.path(dir, "go"))) Sys.sleep(0.05)
+      error <- tryCatch({
+        clusterCall(cl, Sys.getpid)
+        "none"
+      }, error = function(e) class(e)[[1L]])
+      say("error", error)
+      # It does not come back.
+      say("alive", length(suppressWarnings(clusterAlive(cl))))
+      stopCluster(cl)
+      say("stopped")
+    }, env = record_env, values = list(rshcmd = ssh$rshcmd, reconnect = reconnect))
+    id <- child_wait_for(first, "id")
+    pids <- lingering_pids(first)
+    child_signal(first, tools::SIGSTOP)
+    cl <- NULL
+    # Until the agent has missed the heartbeats, it belongs to the first session.
+    expect_true(wait_until(function() {
+      cl <<- tryCatch(reattachCluster(id), rustcluster_in_use = function(e) NULL)
+      !is.null(cl)
+    }, 30))
+    child_signal(first, tools::SIGCONT)
+    file.create(file.path(first$dir, "go"))
+    child_wait_for(first, "stopped")
+    expect_identical(child_said(first, "error"), "rustcluster_host_failed")
+    expect_identical(child_said(first, "alive"), "0")
+    expect_child_ends_well(first)
+    # The first session has not ended the cluster, and has left its record alone.
+    expect_identical(clusterCall(cl, Sys.getpid), as.list(child_pids(first, "workers")))
+    expect_identical(listClusters()$state, "in use")
+    parallel::stopCluster(cl)
+    expect_gone(pids)
+  }
+})
+
+test_that("files that are no records of clusters are left out", {
+  cl <- note_processes(makeRustCluster(1, linger = 60))
+  path <- list.files(records, "[.]rds$", recursive = TRUE, full.names = TRUE)
+  foreign <- file.path(dirname(path), paste0(c("0123456789abcdef", "0123456789abcde0"), ".rds"))
+  saveRDS(list(format = 1L), foreign[[1L]])
+  writeBin(as.raw(1:9), foreign[[2L]])
+  expect_identical(listClusters()$id, clusterId(cl))
+  expect_error(reattachCluster("0123456789abcdef"), class = "rustcluster_no_cluster")
+  expect_true(all(file.exists(foreign)))
+  unlink(foreign)
   parallel::stopCluster(cl)
+})
+
+test_that("the record of a cluster of another machine is left alone", {
+  cl <- note_processes(makeRustCluster(1, linger = 1))
+  path <- list.files(records, "[.]rds$", recursive = TRUE, full.names = TRUE)
+  record <- readRDS(path)
+  change <- function(...) saveRDS(utils::modifyList(record, list(head = list(...))), path)
+  # Only the name of this machine has changed.
+  change(machine = "other")
+  expect_identical(listClusters()$state, "in use")
+  change(machine = "other", boot = "other")
+  expect_identical(listClusters()$state, "elsewhere")
+  expect_identical(listClusters()$left, NA_real_)
+  # Another container.
+  change(pids = "pid:[1]")
+  expect_identical(listClusters()$state, "elsewhere")
+  saveRDS(record, path)
+  # Once its time is over beyond doubt, it is removed.
+  change(machine = "other", boot = "other")
+  Sys.setFileTime(path, Sys.time() - 400 * 86400)
+  expect_identical(nrow(listClusters()), 0L)
+  expect_false(file.exists(path))
+  # After a restart of this machine, its clusters are over.
+  change(boot = "other")
+  expect_identical(nrow(listClusters()), 0L)
+  expect_false(file.exists(path))
+  parallel::stopCluster(cl)
+})
+
+test_that("a session that is a zombie does not use its cluster, and a slow agent is waited for", {
+  script <- tempfile(fileext = ".R")
+  said <- tempfile()
+  writeLines(c(
+    "library(rustcluster)", "cl <- makeRustCluster(1, linger = 8)",
+    sprintf("writeLines(paste(c(clusterId(cl), agentPids(cl), clusterPids(cl), Sys.getpid())), %s)", deparse(said))
+  ), script)
+  # exec makes a process of the shell that does not wait for its child.
+  rscript <- file.path(R.home("bin"), "Rscript")
+  env <- paste0("R_LIBS=", shQuote(paste(.libPaths(), collapse = ":")), " R_TESTS= ", record_env)
+  line <- sprintf("%s %s %s >/dev/null 2>&1 & exec sleep 60", env, rscript, script)
+  start <- sprintf("sh -c %s >/dev/null 2>&1 & echo $!", shQuote(line))
+  parent <- as.integer(system(start, intern = TRUE))
+  note_pids(parent)
+  expect_true(wait_until(function() file.exists(said) && length(readLines(said)) == 4L, 60))
+  said <- readLines(said)
+  pids <- as.integer(said[2:3])
+  note_pids(pids)
+  is_zombie <- function() grepl(") Z ", readLines(file.path("/proc", said[[4L]], "stat")), fixed = TRUE)
+  expect_true(wait_until(is_zombie, 20))
+  expect_true(wait_until(function() file.exists(file.path(socket_directories(said[[1L]]), "lost")), 10))
+  listed <- listClusters()
+  expect_identical(listed$state, "lingering")
+  # The time counts from the end of the session.
+  Sys.sleep(1)
+  left <- listClusters()$left
+  expect_true(left <= 7 && left > 0)
+  # The agent is slow beyond its time.
+  tools::pskill(pids[[1L]], tools::SIGSTOP)
+  record <- rustcluster:::theRecordOf(said[[1L]])
+  record$handle$settings$setup <- 0.5
+  error <- expect_error(rustcluster:::takeUp(record), class = "rustcluster_no_cluster")
+  expect_match(conditionMessage(error), "does not answer", fixed = TRUE)
+  expect_identical(listClusters()$id, said[[1L]])
+  tools::pskill(pids[[1L]], tools::SIGCONT)
+  killCluster(said[[1L]])
   expect_gone(pids)
+  expect_identical(nrow(listClusters()), 0L)
+  tools::pskill(parent, tools::SIGKILL)
+})
+
+test_that("a copy of a cluster says who uses the cluster, and that it is over", {
+  file <- tempfile()
+  cl <- note_processes(makeRustCluster(1, linger = 60))
+  saveRDS(cl, file)
+  copy <- readRDS(file)
+  expect_output(print(copy), "a copy of one that this session uses")
+  error <- expect_error(clusterCall(copy, Sys.getpid), class = "rustcluster_in_use")
+  expect_match(conditionMessage(error), "this session")
+  expect_error(parallel::stopCluster(copy), class = "rustcluster_in_use")
+  expect_identical(clusterCall(cl, function() 1), list(1))
+  parallel::stopCluster(cl)
+  expect_output(print(copy), "has been stopped, or whose `linger` time is over", fixed = TRUE)
+  error <- expect_error(clusterCall(copy, Sys.getpid), class = "rustcluster_restored")
+  expect_match(conditionMessage(error), "has been stopped, or its `linger` time is over", fixed = TRUE)
+  expect_silent(parallel::stopCluster(copy))
 })
 
 test_that("a peer without the key is not heard, and a head that has lost its cluster knows", {
@@ -488,7 +594,7 @@ test_that("a run on a cluster that waits computes nothing again", {
 
 test_that("no process is left", {
   expect_no_leftovers()
-  expect_length(list.files(records, "[.]rds$", recursive = TRUE), 0L)
+  expect_length(list.files(records, "[.](rds|seen)$", recursive = TRUE), 0L)
   if (is.na(old_records)) Sys.unsetenv("R_USER_CACHE_DIR") else Sys.setenv(R_USER_CACHE_DIR = old_records)
   unlink(records, recursive = TRUE)
 })

@@ -478,6 +478,7 @@ fn linger_of(linger: &Robj) -> Option<Linger> {
         milliseconds: (1000.0 * fields.get("seconds")?.as_real()?).ceil() as u64,
         name: fields.get("name")?.as_str()?.to_owned(),
         key: Secret(*dial::key_of(fields.get("key")?.as_str()?)?),
+        generation: u32::try_from(fields.get("generation")?.as_integer()?).ok()?,
     })
 }
 

@@ -43,6 +43,9 @@ pub const CLUSTER: u32 = u32::MAX;
 /// What a head is told that dials an agent that has a head.
 pub const IN_USE: &str = "the cluster is connected to another session";
 
+/// What a head is told that has lost the cluster to a later head, and would start an agent again.
+pub const TAKEN_OVER: &str = "another session has taken over the cluster";
+
 /// The longest path of a Unix socket.
 const MAX_PATH: usize = 107;
 /// Answers in one message.
@@ -53,8 +56,8 @@ const MAX_DIALERS: usize = 8;
 const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long an accepted head may take to send the start request. It waits for its other hosts meanwhile.
 const START_TIMEOUT: Duration = Duration::from_secs(600);
-/// How an agent introduces itself that takes the place of the one that listens.
-const END: &str = "end";
+/// How an agent introduces itself that takes the place of the one that listens. The generation of its head follows.
+const END: &str = "end ";
 /// How long that one may take to end, and how often it is checked whether it has.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
 const END_CHECK: Duration = Duration::from_millis(20);
@@ -91,6 +94,9 @@ fn directory_in(parent: &Path, name: &str) -> io::Result<PathBuf> {
     Ok(directory)
 }
 
+/// A file in the directory of an agent that has no head: when it was written, the agent lost its head.
+const LOST: &str = "lost";
+
 /// The socket in the directory of an agent.
 pub fn socket(directory: &Path) -> PathBuf {
     directory.join("socket")
@@ -126,12 +132,13 @@ struct Proved {
 }
 
 /// Makes the directory of the socket. A lost agent of the same host of the cluster may have left it, or may wait there
-/// for a head: that agent is ended, because the head has sent its tasks elsewhere.
-fn make_directory(directory: &Path, key: &Key) -> io::Result<()> {
+/// for a head: that agent is ended, because the head has sent its tasks elsewhere. An agent that a later head has taken
+/// over is not: the error is then [`io::ErrorKind::ResourceBusy`].
+fn make_directory(directory: &Path, key: &Key, generation: u32) -> io::Result<()> {
     let make = || DirBuilder::new().mode(0o700).create(directory);
     let made = match make() {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            end_other(directory, key)?;
+            end_other(directory, key, generation)?;
             make()
         }
         made => made,
@@ -143,7 +150,7 @@ fn make_directory(directory: &Path, key: &Key) -> io::Result<()> {
 }
 
 /// Ends the agent that listens in a directory, and waits until it has ended.
-fn end_other(directory: &Path, key: &Key) -> io::Result<()> {
+fn end_other(directory: &Path, key: &Key, generation: u32) -> io::Result<()> {
     let owner = fs::symlink_metadata(directory)?.uid();
     if owner != process::user() {
         let directory = directory.display();
@@ -152,10 +159,14 @@ fn end_other(directory: &Path, key: &Key) -> io::Result<()> {
         )));
     }
     let began = Instant::now();
-    if ask_to_end(directory, key).is_ok() {
-        while directory.exists() && began.elapsed() < END_TIMEOUT {
-            thread::sleep(END_CHECK);
+    match ask_to_end(directory, key, generation) {
+        Ok(()) => {
+            while directory.exists() && began.elapsed() < END_TIMEOUT {
+                thread::sleep(END_CHECK);
+            }
         }
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Err(error),
+        Err(_) => {}
     }
     match fs::remove_dir_all(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -163,10 +174,11 @@ fn end_other(directory: &Path, key: &Key) -> io::Result<()> {
     }
 }
 
-fn ask_to_end(directory: &Path, key: &Key) -> io::Result<()> {
+fn ask_to_end(directory: &Path, key: &Key, generation: u32) -> io::Result<()> {
     let mut stream = UnixStream::connect(socket(directory))?;
     stream.set_read_timeout(Some(END_TIMEOUT))?;
-    let introduction = Introduction::new(noise::random()?, &process::hostname(), END);
+    let job = format!("{END}{generation}");
+    let introduction = Introduction::new(noise::random()?, &process::hostname(), &job);
     let (mut dialer, mut out) =
         noise::Dialer::start(key, CLUSTER, &introduction).map_err(io::Error::other)?;
     let mut buffer = [0u8; 1024];
@@ -180,8 +192,12 @@ fn ask_to_end(directory: &Path, key: &Key) -> io::Result<()> {
         let verdict = dialer
             .feed(&buffer[..n], &mut out)
             .map_err(io::Error::other)?;
-        if verdict.is_some() {
-            return Ok(());
+        match verdict {
+            None => {}
+            Some(Verdict::Refused(reason)) if reason == TAKEN_OVER => {
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, reason));
+            }
+            Some(_) => return Ok(()),
         }
     }
 }
@@ -193,6 +209,8 @@ pub(super) struct Lingering {
     keys: Arc<[(u32, Key)]>,
     pub(super) time: Duration,
     name: String,
+    /// The generation of the present head, or of the last one.
+    generation: u32,
     dialers: Vec<Option<Dialer>>,
     /// The process that made the directory. A forked worker has a copy of this value.
     owner: u32,
@@ -214,9 +232,12 @@ impl Lingering {
     pub(super) fn start(plan: &Linger, registry: &Registry) -> io::Result<Lingering> {
         let key = Key::new(plan.key.0);
         let mut directory = directory(&plan.name)?;
-        if let Err(error) = make_directory(&directory, &key) {
+        if let Err(error) = make_directory(&directory, &key, plan.generation) {
+            if error.kind() == io::ErrorKind::ResourceBusy {
+                return Err(error);
+            }
             directory = directory_in(&std::env::temp_dir(), &plan.name)?;
-            make_directory(&directory, &key).map_err(|_| error)?;
+            make_directory(&directory, &key, plan.generation).map_err(|_| error)?;
         }
         // The umask has only removed permissions.
         let listener = UnixListener::bind(socket(&directory)).and_then(|listener| {
@@ -238,6 +259,7 @@ impl Lingering {
             keys: [(CLUSTER, key)].into(),
             time: Duration::from_millis(plan.milliseconds),
             name: plan.name.clone(),
+            generation: plan.generation,
             dialers: (0..MAX_DIALERS).map(|_| None).collect(),
             owner: std::process::id(),
         })
@@ -383,6 +405,7 @@ impl Agent {
         if matches!(self.link, Link::Down { .. }) {
             return;
         }
+        let _ = fs::write(lingering.directory.join(LOST), []);
         self.link = Link::Down { until };
         self.close_stream();
         self.heartbeat = None;
@@ -440,10 +463,21 @@ impl Agent {
             stream,
             handshake,
         } = proved;
-        let is_to_end = introduction.job == END;
+        let end = introduction.job.strip_prefix(END);
+        let is_later = end.is_some_and(|text| {
+            let ours = lingering.generation;
+            // The head that greets has not said its own generation yet, which is later than that of the last one.
+            let least = match self.link {
+                Link::Greeting { .. } => ours.saturating_add(1),
+                _ => ours,
+            };
+            text.parse::<u32>()
+                .is_ok_and(|generation| generation >= least)
+        });
         let verdict = match self.link {
             _ if self.ending => Verdict::Refused("the agent ends".into()),
-            _ if is_to_end => Verdict::NotNeeded("the agent ends".into()),
+            _ if is_later => Verdict::NotNeeded("the agent ends".into()),
+            _ if end.is_some() => Verdict::Refused(TAKEN_OVER.into()),
             _ if introduction.problem().is_some() => {
                 Verdict::Refused(introduction.problem().unwrap_or_default())
             }
@@ -454,7 +488,7 @@ impl Agent {
         let sealed = handshake.finish(&verdict, &mut out).is_ok();
         let sent = sealed && (&stream).write_all(&out).is_ok();
         debug!(?verdict, sent, "head dialled");
-        if is_to_end {
+        if is_later {
             info!("another agent of this host takes over");
             self.end();
         }
@@ -547,7 +581,9 @@ impl Agent {
         }
         if let Some(linger) = &start.linger {
             lingering.time = Duration::from_millis(linger.milliseconds);
+            lingering.generation = linger.generation;
         }
+        let _ = fs::remove_file(lingering.directory.join(LOST));
         let timeout = Duration::from_millis(start.heartbeat_timeout.into());
         self.heartbeat =
             (!timeout.is_zero()).then(|| Heartbeat::new(timeout, self.epoch.elapsed()));

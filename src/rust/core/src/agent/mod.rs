@@ -175,7 +175,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    fn new(greeted: Greeted) -> io::Result<Agent> {
+    fn new(mut greeted: Greeted) -> io::Result<Agent> {
         let shared_answers = greeted.shared_answers();
         info!(
             workers = greeted.start.workers,
@@ -242,11 +242,19 @@ impl Agent {
         router.worker_table.stop_timeout = Duration::from_millis(greeted.start.stop_timeout);
         router.worker_table.restore_timeout = (!setup.is_zero()).then_some(setup);
         let kept = KeptAnswers::new(bytes(greeted.start.state));
-        let mut guard = greeted.guard;
         let linger = greeted.start.linger.as_ref();
         let lingering = linger
             .map(|linger| Lingering::start(linger, poll.registry()))
-            .transpose()?;
+            .transpose();
+        let lingering = match lingering {
+            Ok(lingering) => lingering,
+            Err(error) => {
+                let reason = error.to_string();
+                let _ = greeted.report(&ToHead::StartFailed { reason });
+                return Err(error);
+            }
+        };
+        let mut guard = greeted.guard;
         if let Some(lingering) = &lingering {
             guard.watch_socket(&lingering.directory().to_string_lossy());
         }

@@ -96,6 +96,8 @@ pub struct Linger {
     pub name: String,
     /// The key of the cluster, which a head must prove to have.
     pub key: Secret,
+    /// The number of heads that the cluster has had before.
+    pub generation: u32,
 }
 
 /// A key, which is never shown.

@@ -6,7 +6,7 @@ use crate::agent::linger;
 use crate::head::dial_back::NO_ADDRESS;
 use crate::head::launch::{self, AgentProcess, Launch, Launched, Source};
 use crate::platform::exit::Exit;
-use crate::protocol::control::{self, Hello, Secret, ToAgent};
+use crate::protocol::control::{self, Hello, Secret, ToAgent, ToHead};
 use crate::protocol::handshake::{Greeting, MAGIC, Preamble, PreambleState};
 use crate::protocol::heartbeat::Heartbeat;
 use crate::protocol::noise::{self, Introduction, Verdict};
@@ -311,8 +311,14 @@ fn is_in_use(ended: &io::Result<()>) -> bool {
 }
 
 /// The agent has ended, or will not come.
-pub(super) fn fail(shared_core: &SharedCore, agent: usize, failure: HostFailure) {
+pub(super) fn fail(shared_core: &SharedCore, agent: usize, mut failure: HostFailure) {
     let mut core = shared_core.core();
+    let refusal = core.inbox.hosts[agent].start_failure.as_ref();
+    if matches!(refusal, Some(ToHead::StartFailed { reason }) if reason == linger::TAKEN_OVER) {
+        // This head has no business there any more.
+        core.conns[agent].permanent = true;
+        failure = HostFailure::new(linger::TAKEN_OVER.into());
+    }
     warn_of(agent, &failure, core.stopping);
     core.update_clock();
     if core.conns[agent].dials {
