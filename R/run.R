@@ -136,7 +136,7 @@ runnerState <- function(dir) {
   }
   if (is.null(state)) return(list(state = "interrupted", pid = NA_integer_, host = NA_character_))
   if (!state$state %in% finalStates) {
-    state$state <- if (file.exists(runnerFile(dir, "cancel"))) "cancelled" else "interrupted"
+    state$state <- if (file.exists(cancelFile(dir, state))) "cancelled" else "interrupted"
   }
   state
 }
@@ -246,10 +246,11 @@ runCancel <- function(dir, opened, timeout) {
       fields = list(pid = status$pid, host = status$host, dir = dir)
     )
   }
-  asked <- dir.exists(runnerFile(dir, "")) && suppressWarnings(file.create(runnerFile(dir, "cancel")))
+  cancel <- cancelFile(dir, readState(dir))
+  asked <- dir.exists(runnerFile(dir, "")) && suppressWarnings(file.create(cancel))
   if (status$state == "interrupted") {
     if (!asked) {
-      abort("run_write_failed", "cannot write ", sQuote(runnerFile(dir, "cancel")), fields = list(dir = dir))
+      abort("run_write_failed", "cannot write ", sQuote(cancel), fields = list(dir = dir))
     }
     return(invisible(TRUE))
   }

@@ -7,7 +7,7 @@
 #   runner/settings.rds  how to start a runner: spec, packages, libraries, working directory
 #   runner/lock          locked by the runner while it lives
 #   runner/state.rds     what the runner last said of itself
-#   runner/cancel        asks the runner to end
+#   runner/cancel-ID     asks the runner with this id in its state to end
 #   runner/error.rds     the error with which the last runner ended
 #   runner/timeline.rds  when the workers of all runners were busy
 
@@ -83,17 +83,24 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
   code <- codeHashes(FUN, export)
   dir <- runDirectory(dir)
   run <- newRun(dir)
+  replaces <- FALSE
   if (isRun(dir)) {
     status <- runStatus(dir, new.env())
     computing <- !status$state %in% finalStates
-    if (isTRUE(status$done + status$failed > 0) || (hasStore(dir) && (computing || savesOnHosts(dir)))) {
+    computed <- isTRUE(status$done + status$failed > 0)
+    if (computing && !computed && isLocked(dir)) {
+      # The runner may not have made the store yet.
+      attachToTask(dir, X, code, list(...), .seed, .reuse)
+      return(run)
+    }
+    if (computed || (hasStore(dir) && (computing || savesOnHosts(dir)))) {
       grows <- compareWithRun(dir, X, code, list(...), .seed, .reuse)
       if (computing && grows) runLocked(dir)
       if (computing || (status$state == "done" && !grows && !(status$failed && .retry_errors))) return(run)
       .seed <- readRunInfo(dir)$seed
     } else {
       if (computing) runLocked(dir)
-      removeRun(dir)
+      replaces <- TRUE
     }
   }
   makeRunDirectory(dir)
@@ -106,7 +113,11 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
     )
   )
   awaitUnlocked(dir)
-  if (!startRunner(dir, settings, length(X), task)) runLocked(dir)
+  if (!startRunner(dir, settings, length(X), task, replaces)) {
+    # Another session was faster.
+    attachToTask(dir, X, code, list(...), .seed, .reuse)
+    return(run)
+  }
   noteRun(dir)
   awaitRunner(run, .wait)
   run
@@ -128,6 +139,27 @@ compareWithRun <- function(dir, X, code, arguments, seed, reuse) {
   )
   compareRun(store, now, X, "all")
   !identical(before, hashes)
+}
+
+# Refuses a call that differs from that of the runner that lives.
+attachToTask <- function(dir, X, code, arguments, seed, reuse) {
+  task <- tryCatch(readRDS(file.path(dir, "task.rds")), error = function(e) NULL, warning = function(w) NULL)
+  if (is.null(task)) runLocked(dir)
+  before <- task$options$.seed
+  sameSeed <- if (isTRUE(seed)) !isFALSE(before) else identical(as.double(before), as.double(seed))
+  same <- identical(elementHashes(task$X), elementHashes(X))
+  differs <- c(
+    changedParts(task$code, code), changedParts(argumentHashes(task$arguments), argumentHashes(arguments)),
+    if (!sameSeed) paste0("`.seed` was ", before, " and is ", seed),
+    if (!same && reuse == "all") changedElements(elementHashes(task$X), elementHashes(X))
+  )
+  if (length(differs)) {
+    abort(
+      "run_differs", "the run in ", sQuote(dir), " was made by another call, and is being computed: ",
+      paste(differs, collapse = "; "), "; use another directory", fields = list(dir = dir, differs = differs)
+    )
+  }
+  if (!same) runLocked(dir)
 }
 
 hasStore <- function(dir) file.exists(file.path(dir, "run.rds"))
@@ -202,16 +234,45 @@ runnerSettings <- function(spec, packages, cluster) {
 
 names2 <- function(x) if (is.null(names(x))) rep("", length(x)) else names(x)
 
-# Removes the files of a run of which nothing has been computed. The lock of the runner stays.
-removeRun <- function(dir) {
-  unlink(file.path(dir, c("run.rds", "elements.rds", "results", "task.rds", "log", "lock", "probe")), recursive = TRUE)
-  unlink(setdiff(list.files(runnerFile(dir, ""), full.names = TRUE), runnerFile(dir, "lock")))
+# Removes what is left of a run of which nothing has been computed. Only the runner that takes its place calls this: it
+# has the lock. The locks stay.
+removeOldRun <- function(dir) {
+  if (hasStore(dir)) {
+    # The lock of the store keeps calls of clusterLapply() away.
+    store <- openStore(dir, write = TRUE)
+    on.exit(closeStore(store))
+    counts <- storeCounts(store)
+    # Another runner has computed something in the meantime: clusterLapply() says what differs.
+    if (counts[["done"]] + counts[["failed"]] > 0) return(invisible())
+  }
+  # In this order: no description of a run is without its elements.
+  for (name in c("results", "run.rds", "elements.rds", "probe")) unlink(file.path(dir, name), recursive = TRUE)
+  unlink(runnerFile(dir, "timeline.rds"))
+  # The output of this process is appended to the same file.
+  file.create(file.path(dir, "log"), showWarnings = FALSE)
+  invisible()
 }
+
+# Removes what earlier runners and sessions that were killed have left. Only the runner calls this.
+removeStale <- function(dir) {
+  files <- list.files(runnerFile(dir, ""))
+  cancels <- setdiff(grep("^cancel", files, value = TRUE), basename(cancelFile(dir, runner$state)))
+  new <- grep("[.][0-9]+[.]new$", files, value = TRUE)
+  # Another session may be about to start a runner.
+  old <- difftime(Sys.time(), file.mtime(runnerFile(dir, new)), units = "secs") > 3600
+  unlink(runnerFile(dir, c(cancels, new[old %in% TRUE], "error.rds")))
+}
+
+# Returns the file that asks the runner with this state to end. Each runner has another one: what is asked of one does
+# not end the next, and is not lost when the next one starts.
+cancelFile <- function(dir, state) runnerFile(dir, paste(c("cancel", state$id), collapse = "-"))
 
 # Creates the directory of a run, if it does not exist.
 makeRunDirectory <- function(dir) {
   if (file.exists(dir) && !dir.exists(dir)) badArgument("dir", "is a file, and must be a directory")
   others <- setdiff(list.files(dir, all.files = TRUE, no.. = TRUE), ownFiles)
+  # A session that saved them may be at work, or was killed.
+  others <- grep("^(task|run|elements)[.]rds([.][0-9]+)?[.]new$", others, value = TRUE, invert = TRUE)
   if (!isRun(dir) && length(others)) {
     badArgument("dir", "is a directory with other files than those of a run: ", sQuote(dir))
   }
@@ -272,18 +333,23 @@ saveNew <- function(value, dir, to) {
 }
 
 # Starts a runner. Returns FALSE if there is one already. `n`: the number of elements. `task`: that of a new run.
-startRunner <- function(dir, settings, n, task = NULL) {
-  unlink(runnerFile(dir, c("cancel", "error.rds")))
+# `replaces`: whether it takes the place of a run of which nothing has been computed.
+startRunner <- function(dir, settings, n, task = NULL, replaces = FALSE) {
   directory <- settings$directory
   if (!dir.exists(directory)) directory <- dir
   before <- readState(dir)
+  replaces <- replaces || isTRUE(before$replaces)
+  if (replaces) before <- NULL
   state <- list(
-    state = "starting", pid = NA_integer_, host = thisHost(), started = Sys.time(), updated = Sys.time(),
+    id = randomText(8L), replaces = replaces, state = "starting", pid = NA_integer_, host = thisHost(), started = Sys.time(), updated = Sys.time(),
     ended = NULL, n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
     attempt = if (is.null(before)) 1L else before$attempt + 1L, cluster = before$cluster
   )
-  values <- list(settings, state, task)
-  to <- c(runnerFile(dir, c("settings.rds", "state.rds")), file.path(dir, "task.rds"))[lengths(values) > 0L]
+  # The state comes last: whoever sees that a runner starts sees its task.
+  values <- list(settings, task, state)
+  to <- c(runnerFile(dir, "settings.rds"), file.path(dir, "task.rds"), runnerFile(dir, "state.rds"))
+  to <- to[lengths(values) > 0L]
+  values <- values[lengths(values) > 0L]
   new <- character()
   on.exit(unlink(new))
   # The process renames these when it has the lock: of two sessions that start a runner, only one changes anything.
