@@ -67,7 +67,8 @@ computeRun <- function(dir) {
   counts <- runCounts(newRun(dir))
   before <- counts[["done"]] + if (task$options$.retry_errors) 0 else counts[["failed"]]
   say("computing ", counted(length(task$X) - before, "element"), if (before) paste0(", ", before, " are there already"))
-  updateState(state = "running", workers = length(cl), before = before, began = Sys.time())
+  updateState(state = "running", workers = length(cl), before = before,
+              failed = if (task$options$.retry_errors) counts[["failed"]] else 0, began = Sys.time())
   options <- task$options
   compute <- function(...) {
     clusterLapply(

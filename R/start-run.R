@@ -50,9 +50,11 @@
 #'
 #' @section Errors:
 #' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run of which nothing has
-#' been computed is replaced. `rustcluster_run_locked`: such a run is being computed. `rustcluster_run_failed`: the
+#' been computed is replaced, unless it is being computed. `rustcluster_run_locked`: a run that is being computed cannot
+#' get other elements (`.reuse = "same"`), or another process uses the directory. `rustcluster_run_failed`: the
 #' runner could not be started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
-#' `rustcluster_bad_argument`.
+#' `rustcluster_bad_argument`. A warning of class `rustcluster_not_exported` names variables of the global environment
+#' that `FUN` uses and that are not in `export` (field `names`).
 #' @seealso [openRun()], [listRuns()], [runs()]
 #' @examples
 #' dir <- tempfile("sweep")
@@ -69,14 +71,18 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
   FUN <- theFunction(FUN)
   if (missing(X)) badArgument("X", "is missing")
   refuseUnknown(startRun, "startRun", ...names(), args(FUN))
+  refuseForeign(list(...), args(FUN))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   plainly <- c(".seed", ".timeout", ".retries", ".order", ".reuse", ".retry_errors", ".sync", ".save", ".wait")
   for (name in plainly) assign(name, plain(get(name)))
-  if (!isTRUE(.retry_errors) && !isFALSE(.retry_errors)) badArgument(".retry_errors", "must be TRUE or FALSE")
+  checkStoring(dir, FALSE, .retry_errors, .sync)
   .reuse <- tryCatch(match.arg(.reuse), error = function(e) badArgument(".reuse", "must be \"all\" or \"same\""))
   .save <- tryCatch(match.arg(.save), error = function(e) badArgument(".save", "must be \"head\" or \"hosts\""))
   between(.timeout, ".timeout", "a number of seconds", 0.001, 1e9, infinite = TRUE)
   between(.wait, ".wait", "a number of seconds", 0, 1e6)
+  checkSaving(.save, .save_dir, dir)
+  .retries <- checkRetries(.retries)
+  .order <- checkOrder(.order, length(X))
   .seed <- checkSeed(.seed)
   settings <- runnerSettings(spec, packages, cluster)
   export <- variablesToExport(export, parent.frame())
@@ -112,6 +118,7 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
       .reuse = .reuse, .retry_errors = .retry_errors, .sync = .sync, .save = .save, .save_dir = .save_dir
     )
   )
+  warnNotExported(FUN, names(export))
   awaitUnlocked(dir)
   if (!startRunner(dir, settings, length(X), task, replaces)) {
     # Another session was faster.
@@ -170,11 +177,73 @@ savesOnHosts <- function(dir) {
   !file.exists(task) || identical(readRDS(task)$options$.save, "hosts")
 }
 
+# Refuses an argument that `FUN` does not take: it is a typing error, or the cluster that clusterLapply() needs. `fun`: a
+# function with the arguments of `FUN`, or NULL if these are unknown.
+refuseForeign <- function(given, fun) {
+  known <- names(formals(fun))
+  open <- is.null(fun) || "..." %in% known
+  for (i in which(nzchar(names2(given)))) {
+    name <- names(given)[[i]]
+    # R takes the beginning of a name for the name.
+    if (any(startsWith(known, name))) next
+    if (inherits(given[[i]], "cluster")) badArgument(name, "is a cluster; startRun() makes its own cluster: use `spec`")
+    if (open) next
+    hint <- didYouMean(name, setdiff(names(formals(startRun)), "..."))
+    if (name == "cl") hint <- "; startRun() makes its own cluster: use `spec`"
+    badArgument(name, "is neither an argument of startRun() nor of `FUN`", hint)
+  }
+}
+
+checkRetries <- function(retries) {
+  if (is.null(retries)) return(NULL)
+  between(retries, ".retries", "a whole number", 0, 1e6)
+  if (retries != trunc(retries)) badArgument(".retries", "must be a whole number")
+  retries
+}
+
+checkOrder <- function(order, n) {
+  if (is.null(order)) return(NULL)
+  whole <- is.numeric(order) && length(order) == n && isTRUE(all(sort(order, na.last = TRUE) == seq_len(n)))
+  if (!whole) badArgument(".order", "must contain each number from 1 to ", n, " once")
+  as.integer(order)
+}
+
+# Returns those of these names that a function finds in the global environment.
+inGlobal <- function(FUN, names) {
+  envir <- environment(FUN)
+  while (!is.null(envir) && !identical(envir, globalenv())) {
+    if (identical(envir, emptyenv()) || isNamespace(envir)) return(character())
+    names <- names[!vapply(names, exists, NA, envir = envir, inherits = FALSE)]
+    envir <- parent.env(envir)
+  }
+  if (is.null(envir)) character() else names[vapply(names, exists, NA, envir = envir, inherits = FALSE)]
+}
+
+# Warns of variables of the global environment that `FUN` uses and that do not exist in the workers.
+warnNotExported <- function(FUN, exported) {
+  if (typeof(FUN) != "closure") return(invisible())
+  used <- freeNames(call("function", formals(FUN), body(FUN)))
+  globals <- inGlobal(FUN, setdiff(c(used$variables, used$functions), exported))
+  # A function is looked up among functions.
+  function_only <- setdiff(globals, used$variables)
+  globals <- setdiff(globals, function_only[!vapply(function_only, exists, NA, envir = globalenv(), mode = "function",
+                                                    inherits = FALSE)])
+  if (!length(globals)) return(invisible())
+  names <- paste0("`", sort(globals), "`", collapse = ", ")
+  warning(rustclusterCondition(
+    "not_exported", paste0(
+      "`FUN` uses ", names, " of the global environment, which the workers do not have; name ",
+      ngettext(length(globals), "it", "them"), " in `export`"
+    ),
+    type = "warning", names = sort(globals)
+  ))
+}
+
 # Returns the hashes of the parts of a function and of the exported variables. Other global variables do not exist in
 # the workers.
 codeHashes <- function(FUN, export) {
   hashes <- functionHashes(FUN)
-  globals <- sprintf("`%s`, which `FUN` uses", ls(globalenv(), all.names = TRUE))
+  globals <- sprintf("`%s`, which `FUN` uses", inGlobal(FUN, ls(globalenv(), all.names = TRUE)))
   c(
     hashes[!names(hashes) %in% globals],
     stats::setNames(vapply(export, hashOf, "", USE.NAMES = FALSE), sprintf("the exported `%s`", names(export)))
