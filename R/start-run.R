@@ -133,40 +133,47 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
 # Refuses a call that differs from that of the run. Returns whether its elements differ, as `.reuse = "same"` allows.
 # `code`: what codeHashes() returns for the call.
 compareWithRun <- function(dir, X, code, arguments, seed, reuse) {
-  store <- openStore(dir)
-  before <- pickHashes(storedHashes(store), if (is.null(store$info$ids)) seq_len(store$info$n) else store$info$ids)
-  hashes <- elementHashes(X)
+  info <- readRunInfo(dir)
+  elements <- readElements(list(dir = dir))
+  ids <- if (is.null(info$ids)) seq_len(info$n) else info$ids
   task <- file.path(dir, "task.rds")
   # The variables of the runner are not those of this session: compare with the session that has started the run.
-  if (file.exists(task)) store$info$functions <- readRDS(task)$code
-  now <- list(
-    # Without differences in elements and names, compareRun() changes nothing.
-    hashes = if (reuse == "all") hashes else before, names = store$info$names, functions = code,
-    arguments = argumentHashes(arguments), seed = seed
-  )
-  compareRun(store, now, X, "all")
-  !identical(before, hashes)
+  if (file.exists(task)) info$functions <- readRDS(task)$code
+  refuseOther(dir, info, pickHashes(storedHashes(elements), ids), X, code, arguments, seed, reuse)
 }
 
-# Refuses a call that differs from that of the runner that lives.
+# Refuses a call that differs from that of the runner that lives, which may not have made the store yet.
 attachToTask <- function(dir, X, code, arguments, seed, reuse) {
   task <- tryCatch(readRDS(file.path(dir, "task.rds")), error = function(e) NULL, warning = function(w) NULL)
   if (is.null(task)) runLocked(dir)
-  before <- task$options$.seed
-  sameSeed <- if (isTRUE(seed)) !isFALSE(before) else identical(as.double(before), as.double(seed))
-  same <- identical(elementHashes(task$X), elementHashes(X))
+  info <- list(
+    functions = task$code, arguments = argumentHashes(task$arguments),
+    seed = if (!isFALSE(task$options$.seed)) task$options$.seed
+  )
+  if (refuseOther(dir, info, elementHashes(task$X), X, code, arguments, seed, reuse)) runLocked(dir)
+}
+
+# As compareWithRun(). `info`: hashes of the run, and its seed. `before`: the hashes of its elements.
+refuseOther <- function(dir, info, before, X, code, arguments, seed, reuse) {
+  if (isFALSE(seed)) seed <- NULL
+  sameSeed <- if (isTRUE(seed)) !is.null(info$seed) else identical(as.double(seed), as.double(info$seed))
+  shown <- function(seed) if (is.null(seed)) "FALSE" else format(seed, scientific = FALSE)
+  now <- elementHashes(X)
+  same <- identical(before, now)
   differs <- c(
-    changedParts(task$code, code), changedParts(argumentHashes(task$arguments), argumentHashes(arguments)),
-    if (!sameSeed) paste0("`.seed` was ", before, " and is ", seed),
-    if (!same && reuse == "all") changedElements(elementHashes(task$X), elementHashes(X))
+    changedParts(info$functions, code), changedParts(info$arguments, argumentHashes(arguments)),
+    if (!sameSeed) paste0("`.seed` was ", shown(info$seed), " and is ", shown(seed)),
+    if (!same && reuse == "all") changedElements(before, now)
   )
   if (length(differs)) {
     abort(
-      "run_differs", "the run in ", sQuote(dir), " was made by another call, and is being computed: ",
-      paste(differs, collapse = "; "), "; use another directory", fields = list(dir = dir, differs = differs)
+      "run_differs", "the run in ", dir, " was made by another call: ", paste(differs, collapse = "; "),
+      "; use another directory",
+      if (reuse == "all" && !same) ", or .reuse = \"same\" to keep the results of the elements that are the same",
+      fields = list(dir = dir, differs = differs)
     )
   }
-  if (!same) runLocked(dir)
+  !same
 }
 
 hasStore <- function(dir) file.exists(file.path(dir, "run.rds"))
@@ -315,7 +322,7 @@ removeOldRun <- function(dir) {
     if (counts[["done"]] + counts[["failed"]] > 0) return(invisible())
   }
   # In this order: no description of a run is without its elements.
-  for (name in c("results", "run.rds", "elements.rds", "probe")) unlink(file.path(dir, name), recursive = TRUE)
+  for (name in c("results", "run.rds", "elements.rds", "damaged", "probe")) unlink(file.path(dir, name), recursive = TRUE)
   unlink(runnerFile(dir, "timeline.rds"))
   # The output of this process is appended to the same file.
   file.create(file.path(dir, "log"), showWarnings = FALSE)

@@ -244,7 +244,10 @@ test_that("a runner that makes its cluster is cancelled, and an interrupted run 
   expect_true(wait_until(function() length(descendants(run$status()$pid)) > 0L))
   pids <- processes_of(run)
   expect_identical(run$status()$total, 3)
-  expect_error(startRun(dir, 1:3, sqrt), class = "rustcluster_run_locked")
+  # The same call attaches, another one is refused.
+  expect_identical(startRun(dir, 1:3, sqrt, .wait = 0)$status()$pid, pids[[1L]])
+  expect_error(startRun(dir, 1:4, sqrt), "had 3 elements", class = "rustcluster_run_differs")
+  expect_identical(as.list(run$results(partial = TRUE)), vector("list", 3L))
   expect_true(run$cancel())
   expect_identical(run$status()$state, "cancelled")
   expect_gone(pids)
