@@ -28,14 +28,14 @@ end_run <- function(dir) {
 gated <- function(gate, said, n) {
   function(i) {
     # One write for each line: the workers share the file.
-    cat(paste0(i, "\n"), file = said, append = TRUE)
+    cat(paste0(i, " ", Sys.getpid(), "\n"), file = said, append = TRUE)
     if (i >= n) while (!file.exists(gate)) Sys.sleep(0.02)
     i^2
   }
 }
 
 # The elements that have begun, in order.
-begun <- function(said) if (file.exists(said)) as.integer(readLines(said)) else integer()
+begun <- function(said) if (file.exists(said)) as.integer(sub(" .*", "", readLines(said))) else integer()
 
 processes_of <- function(run) {
   pid <- run$status()$pid
