@@ -56,7 +56,7 @@ print.rustcluster_runs <- function(x, ...) {
   )
   # One line for each run: the directory gets the rest of the line.
   taken <- vapply(names(table)[-6L], function(name) max(nchar(c(name, table[[name]]))) + 1L, 1)
-  table$dir <- shortened(table$dir, max(getOption("width", 80L) - sum(taken) - 1, 20))
+  table$dir <- shortened(table$dir, max(getOption("width", 80L) - sum(taken) - 2, 20))
   printTable(table)
   invisible(x)
 }

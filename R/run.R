@@ -163,7 +163,7 @@ runStatus <- function(dir, opened) {
   left <- counts[["n"]] - counts[["done"]] - failed
   list(
     state = state$state, done = counts[["done"]], failed = counts[["failed"]], total = counts[["n"]],
-    left = left,
+    left = as.numeric(left),
     busy = of("busy", NA_integer_), workers = of("workers", NA_integer_),
     rate = if (isTRUE(seconds > 0) && new > 0) new / seconds else NA_real_,
     started = of("started", never), ended = of("ended", never), updated = of("updated", never),

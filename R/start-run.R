@@ -97,6 +97,7 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
     if (computing && !computed && isLocked(dir)) {
       # The runner may not have made the store yet.
       attachToTask(dir, X, code, list(...), .seed, .reuse)
+      awaitRunner(run, .wait)
       return(run)
     }
     if (computed || (hasStore(dir) && (computing || savesOnHosts(dir)))) {
@@ -123,6 +124,7 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
   if (!startRunner(dir, settings, length(X), task, replaces)) {
     # Another session was faster.
     attachToTask(dir, X, code, list(...), .seed, .reuse)
+    awaitRunner(run, .wait)
     return(run)
   }
   noteRun(dir)
@@ -337,6 +339,8 @@ removeStale <- function(dir) {
   # Another session may be about to start a runner.
   old <- difftime(Sys.time(), file.mtime(runnerFile(dir, new)), units = "secs") > 3600
   unlink(runnerFile(dir, c(cancels, new[old %in% TRUE], "error.rds")))
+  # clusterLapply() refuses a directory with other files than its own.
+  unlink(list.files(dir, "^task[.]rds[.].*new$", full.names = TRUE))
 }
 
 # Returns the file that asks the runner with this state to end. Each runner has another one: what is asked of one does

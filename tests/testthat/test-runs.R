@@ -496,6 +496,7 @@ test_that("a runner whose directory is removed and used again ends, and does not
   dir <- local_run_dir()
   gate <- tempfile("gate-")
   run <- startRun(dir, 1:3, gated(gate, tempfile("said-"), 2), spec = 1, .timeout = 1e5)
+  expect_true(wait_until(function() run$status()$done == 1L))
   pids <- processes_of(run)
   unlink(dir, recursive = TRUE)
   run <- startRun(dir, 1:4, gated(gate, tempfile("said-"), 5), spec = 1, .timeout = 1e5)
