@@ -100,6 +100,9 @@ conditionClasses <- list(
       "(its number), `reason`."
     ),
     run_damaged = "Saved results are damaged and are computed again. Fields `dir`, `indices`.",
+    not_exported = paste(
+      "The function of [startRun()] uses variables of the global environment that are not exported. Field `names`."
+    ),
     not_saved = paste(
       "A host could not save results (`.save = \"hosts\"`): its workers send them without. Fields `host`, `reason`."
     ),

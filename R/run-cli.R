@@ -11,8 +11,9 @@
 #'   \item{`wait DIR [SECONDS]`}{Wait until nobody computes the run, at most this long, and print it. The exit status is
 #'     1 unless all elements have a value.}
 #'   \item{`cancel DIR`}{End the runner, on whatever machine it is.}
-#'   \item{`resume [--cancelled] DIR`}{Start a runner for what is missing or failed. Does nothing if the run is being
-#'     computed or is done, so that cron can call it at any time. Continues a cancelled run only with `--cancelled`.}
+#'   \item{`resume [--cancelled] [--failed] DIR`}{Start a runner for what is missing. Does nothing if the run is being
+#'     computed or is done, so that cron can call it at any time. Elements of a done run that have failed are computed
+#'     again only with `--failed`. Continues a cancelled run only with `--cancelled`.}
 #'   \item{`errors DIR`}{Print the errors of failed elements. The exit status is 1 if there are any.}
 #'   \item{`log DIR [LINES]`}{Print the end of the log, by default 20 lines.}
 #' }
@@ -44,7 +45,8 @@ runs <- function(args = commandArgs(trailingOnly = TRUE)) {
 # Runs a command. Returns the exit status.
 runCommand <- function(args) {
   cancelled <- "--cancelled" %in% args
-  args <- setdiff(args, "--cancelled")
+  failed <- "--failed" %in% args
+  args <- setdiff(args, c("--cancelled", "--failed"))
   command <- if (length(args)) args[[1L]] else "list"
   if (command == "list" && length(args) <= 1L) {
     print(listRuns())
@@ -54,10 +56,10 @@ runCommand <- function(args) {
   number <- if (optional) suppressWarnings(as.numeric(args[[3L]]))
   known <- c("status", "wait", "cancel", "resume", "errors", "log")
   if (!command %in% known || !(length(args) == 2L || optional) || isTRUE(is.na(number)) ||
-        (cancelled && command != "resume")) {
+        ((cancelled || failed) && command != "resume")) {
     cat(
       "usage: Rscript -e 'rustcluster::runs()' list | status DIR | wait DIR [SECONDS] | cancel DIR |",
-      "       resume [--cancelled] DIR | errors DIR | log DIR [LINES]", sep = "\n", file = stderr()
+      "       resume [--cancelled] [--failed] DIR | errors DIR | log DIR [LINES]", sep = "\n", file = stderr()
     )
     return(2L)
   }
@@ -78,20 +80,22 @@ runCommand <- function(args) {
       as.integer(!ended)
     },
     resume = {
-      if (run$status()$state == "cancelled" && !cancelled) {
+      status <- run$status()
+      if (status$state == "cancelled" && !cancelled) {
         cat("the run was cancelled: `resume --cancelled` continues it\n")
         return(0L)
       }
-      run$resume()
+      # Also a run of clusterLapply() is done, or is being computed.
+      if (status$state %in% finalStates && (status$state != "done" || (failed && status$failed))) run$resume()
       print(run)
+      if (status$state == "done" && status$failed && !failed) {
+        cat("`resume --failed` computes failed elements again\n")
+      }
       0L
     },
     errors = {
       errors <- run$errors()
-      if (nrow(errors)) {
-        errors$message <- oneLine(printable(errors$message), 100L)
-        print(errors, row.names = FALSE)
-      }
+      if (nrow(errors)) print(errors)
       as.integer(nrow(errors) > 0L)
     },
     log = {

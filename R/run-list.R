@@ -49,12 +49,24 @@ print.rustcluster_runs <- function(x, ...) {
     return(invisible(x))
   }
   time <- function(time) ifelse(is.na(time), "-", format(time, "%Y-%m-%d %H:%M"))
-  printTable(data.frame(
+  table <- data.frame(
     state = x$state, done = paste0(formatCount(x$done), "/", formatCount(x$total)), failed = x$failed,
-    started = time(x$started), ended = time(x$ended), host = ifelse(is.na(x$host), "-", printable(x$host)),
-    dir = printable(x$dir)
-  ))
+    started = time(x$started), host = ifelse(is.na(x$host), "-", shortened(printable(x$host), 12L)),
+    dir = printable(x$dir), stringsAsFactors = FALSE
+  )
+  # One line for each run: the directory gets the rest of the line.
+  taken <- vapply(names(table)[-6L], function(name) max(nchar(c(name, table[[name]]))) + 1L, 1)
+  table$dir <- shortened(table$dir, max(getOption("width", 80L) - sum(taken) - 2, 20))
+  printTable(table)
   invisible(x)
+}
+
+# Replaces the middle of texts that are longer than `width`.
+shortened <- function(text, width) {
+  long <- nchar(text) > width
+  head <- (width - 3) %/% 3
+  short <- paste0(substr(text, 1L, head), "...", substring(text, nchar(text) - (width - 3 - head) + 1))
+  ifelse(long, short, text)
 }
 
 # Returns the directory of the list.

@@ -12,9 +12,10 @@
 #'     \item{status()}{Returns a list: see section Status.}
 #'     \item{results(partial = FALSE)}{Returns the results as [clusterLapply()] with `.collect = FALSE` does: an object
 #'       that reads an element when it is used. `as.list()` reads all. It is an error if elements are missing or failed.
-#'       With `partial = TRUE` it is not: failed elements are of class `"try-error"`, as with `.errors = "return"`.}
+#'       With `partial = TRUE` it is not: failed elements are of class `"try-error"`, as with `.errors = "return"`, and
+#'       missing ones are `NULL`.}
 #'     \item{errors()}{Returns a data frame with a row for each failed element: `index`, `name` (`NA` without names),
-#'       `message`, `class` (the first class of the condition).}
+#'       `message`, `class` (the first class of the condition). It prints the first line of each message, shortened.}
 #'     \item{wait(timeout = Inf, progress = interactive())}{Waits until nobody computes the run any more, with a
 #'       progress bar. Returns the state, invisibly: `"running"` or `"starting"` after `timeout` seconds.}
 #'     \item{cancel(timeout = 30)}{Ends the runner, on whatever machine it is. Results are kept, and `resume()`
@@ -40,6 +41,8 @@
 #'       some of which may have failed. `"failed"`: the runner has ended with an error. `"cancelled"`.
 #'       `"interrupted"`: the runner was killed, or its machine died. This is seen at once: the runner holds a lock.}
 #'     \item{done, failed, total}{(numeric) the numbers of elements with a value, with an error, and of all.}
+#'     \item{left}{(numeric) the number of elements without a result. While a runner computes failed elements again, these
+#'       count until they have a value.}
 #'     \item{busy, workers}{(integer) busy workers, and workers that can be used, at `updated`.}
 #'     \item{rate}{(numeric) elements a second of the current runner. `NA` if unknown.}
 #'     \item{started, ended, updated}{(POSIXct) when the last runner started and ended, and when it last wrote its
@@ -130,13 +133,15 @@ runnerState <- function(dir) {
   if (!is.null(writer)) {
     # A call of clusterLapply() in a session.
     return(list(
-      state = "running", pid = writer$pid, host = writer$host, attempt = state$attempt,
+      # A process does not see its own lock, nor what it has written into it.
+      state = "running", pid = writer$pid, attempt = state$attempt,
+      host = if (nzchar(writer$host) || !identical(as.integer(writer$pid), Sys.getpid())) writer$host else thisHost(),
       message = "a call of clusterLapply() computes it"
     ))
   }
   if (is.null(state)) return(list(state = "interrupted", pid = NA_integer_, host = NA_character_))
   if (!state$state %in% finalStates) {
-    state$state <- if (file.exists(runnerFile(dir, "cancel"))) "cancelled" else "interrupted"
+    state$state <- if (file.exists(cancelFile(dir, state))) "cancelled" else "interrupted"
   }
   state
 }
@@ -152,9 +157,13 @@ runStatus <- function(dir, opened) {
   began <- of("began", never)
   until <- if (state$state == "running") Sys.time() else of("ended", never)
   seconds <- as.numeric(difftime(until, began, units = "secs"))
-  new <- counts[["done"]] + counts[["failed"]] - of("before", 0)
+  # Elements that had failed before this runner may be computed again. Those that fail again are not seen as new.
+  failed <- if (state$state == "running") max(0, counts[["failed"]] - of("failed", 0)) else counts[["failed"]]
+  new <- counts[["done"]] + failed - of("before", 0)
+  left <- counts[["n"]] - counts[["done"]] - failed
   list(
     state = state$state, done = counts[["done"]], failed = counts[["failed"]], total = counts[["n"]],
+    left = as.numeric(left),
     busy = of("busy", NA_integer_), workers = of("workers", NA_integer_),
     rate = if (isTRUE(seconds > 0) && new > 0) new / seconds else NA_real_,
     started = of("started", never), ended = of("ended", never), updated = of("updated", never),
@@ -169,11 +178,13 @@ runResults <- function(dir, opened, partial) {
   store <- storeOf(dir, opened)
   counts <- runCounts(dir, opened)
   missing <- counts[["n"]] - counts[["done"]] - counts[["failed"]]
+  if (is.null(store) && partial) return(noResults(dir, counts[["n"]]))
   if (is.null(store) || (!partial && !isTRUE(missing == 0))) {
     state <- runnerState(dir)$state
     abort(
-      "run_incomplete", "the run in ", sQuote(dir), " is ", state, ": ", if (is.na(missing)) "its" else missing, " of ",
-      counts[["n"]], " elements have no result yet",
+      "run_incomplete", "the run in ", sQuote(dir), " is ", state, ": ",
+      if (is.na(missing)) "its elements" else paste(missing, "of", counted(counts[["n"]], "element")),
+      if (isTRUE(counts[["n"]] == 1)) " has" else " have", " no result yet",
       if (is.null(store)) "" else "; results(partial = TRUE) returns those that are there",
       fields = list(dir = dir, state = state, missing = missing)
     )
@@ -190,6 +201,15 @@ runResults <- function(dir, opened, partial) {
   view
 }
 
+# Returns the results of a run of which nothing has been computed. `n`: the number of elements; NA if it is not known.
+noResults <- function(dir, n) {
+  task <- tryCatch(readRDS(file.path(dir, "task.rds")), error = function(e) NULL, warning = function(w) NULL)
+  if (!is.null(task)) n <- length(task$X)
+  results <- vector("list", if (is.na(n)) 0L else n)
+  names(results) <- names(task$X)
+  results
+}
+
 runErrors <- function(dir, opened) {
   store <- storeOf(dir, opened)
   failed <- if (is.null(store)) integer() else storeFailed(store)
@@ -199,11 +219,28 @@ runErrors <- function(dir, opened) {
     condition <- attr(value, "condition")
     if (is.null(condition)) simpleError(trimws(as.character(value)[[1L]])) else condition
   })
-  data.frame(
+  errors <- data.frame(
     index = as.integer(failed), name = if (is.null(names)) rep(NA_character_, length(failed)) else names[failed],
     message = vapply(conditions, messageOf, ""),
     class = vapply(conditions, function(condition) class(condition)[[1L]], ""), stringsAsFactors = FALSE
   )
+  class(errors) <- c("rustcluster_run_errors", class(errors))
+  errors
+}
+
+#' @export
+print.rustcluster_run_errors <- function(x, ...) {
+  shown <- as.data.frame(x)
+  class(shown) <- "data.frame"
+  if (is.character(shown$message)) {
+    names <- if (is.null(shown$name) || all(is.na(shown$name))) 0L else max(nchar(printable(shown$name)), 4L, na.rm = TRUE)
+    classes <- if (is.null(shown$class)) 0L else max(nchar(shown$class), 5L)
+    width <- getOption("width", 80L) - names - classes - max(nchar(shown$index), 5L) - 4L
+    shown$message <- oneLine(printable(shown$message), max(width, 20L))
+  }
+  if (is.character(shown$name)) shown$name <- if (!all(is.na(shown$name))) printable(shown$name)
+  if (nrow(shown)) print(shown, row.names = FALSE) else cat("no errors\n")
+  invisible(x)
 }
 
 # Returns the message of a condition, which code of users may have made.
@@ -246,10 +283,11 @@ runCancel <- function(dir, opened, timeout) {
       fields = list(pid = status$pid, host = status$host, dir = dir)
     )
   }
-  asked <- dir.exists(runnerFile(dir, "")) && suppressWarnings(file.create(runnerFile(dir, "cancel")))
+  cancel <- cancelFile(dir, readState(dir))
+  asked <- dir.exists(runnerFile(dir, "")) && suppressWarnings(file.create(cancel))
   if (status$state == "interrupted") {
     if (!asked) {
-      abort("run_write_failed", "cannot write ", sQuote(runnerFile(dir, "cancel")), fields = list(dir = dir))
+      abort("run_write_failed", "cannot write ", sQuote(cancel), fields = list(dir = dir))
     }
     return(invisible(TRUE))
   }
@@ -389,7 +427,7 @@ elementsText <- function(status) {
 
 workText <- function(status) {
   if (status$state != "running") return(NULL)
-  left <- status$total - status$done - status$failed
+  left <- status$left
   text <- c(
     if (!is.na(status$busy)) paste0(status$busy, " of ", counted(status$workers, "worker"), " busy"),
     if (!is.na(status$rate)) {

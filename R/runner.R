@@ -9,11 +9,14 @@ runnerMain <- function() {
   dir <- commandArgs(trailingOnly = TRUE)[[1L]]
   problem <- detached_keep_lock()
   if (!is.null(problem)) stop(problem)
+  runner$lock <- paste0("/proc/self/fd/", Sys.getenv("RUSTCLUSTER_RUN_LOCK"))
+  runner$locked <- Sys.readlink(runner$lock)
   Sys.unsetenv(c("RUSTCLUSTER_RUN_LOCK", "RUSTCLUSTER_LIB"))
   options(warn = 1L, rustcluster.progress = FALSE)
   runner$dir <- dir
   runner$state <- readState(dir)
   runner$cancelled <- FALSE
+  removeStale(dir)
   updateState(pid = Sys.getpid(), started = Sys.time())
   say("runner started: process ", Sys.getpid(), " on ", thisHost(), ", ", R.version.string, ", rustcluster ",
       packageVersionText())
@@ -43,6 +46,10 @@ computeRun <- function(dir) {
   options(settings$options)
   options(rustcluster.progress = FALSE)
   list2env(task$export, globalenv())
+  if (isTRUE(runner$state$replaces)) {
+    removeOldRun(dir)
+    updateState(replaces = FALSE)
+  }
   startTicking()
   cl <- waitingCluster(runner$state$cluster)
   if (is.null(cl)) cl <- clusterOfRun(settings)
@@ -60,7 +67,8 @@ computeRun <- function(dir) {
   counts <- runCounts(newRun(dir))
   before <- counts[["done"]] + if (task$options$.retry_errors) 0 else counts[["failed"]]
   say("computing ", counted(length(task$X) - before, "element"), if (before) paste0(", ", before, " are there already"))
-  updateState(state = "running", workers = length(cl), before = before, began = Sys.time())
+  updateState(state = "running", workers = length(cl), before = before,
+              failed = if (task$options$.retry_errors) counts[["failed"]] else 0, began = Sys.time())
   options <- task$options
   compute <- function(...) {
     clusterLapply(
@@ -70,6 +78,9 @@ computeRun <- function(dir) {
       .save_dir = options$.save_dir
     )
   }
+  # clusterLapply() would make the directory again.
+  runner$cancelDue <- 0
+  runnerTick()
   do.call(compute, task$arguments, quote = TRUE)
   counts <- runCounts(newRun(dir))
   list(
@@ -104,11 +115,19 @@ waitingCluster <- function(id) {
   )
 }
 
+# Returns whether the directory of the run is still the one whose lock this process has: it may have been removed, moved,
+# or replaced by that of another run.
+hasDirectory <- function() {
+  # Where there is no /proc, a directory that is replaced is not seen.
+  if (nzchar(runner$locked)) Sys.readlink(runner$lock) == runner$locked else file.exists(runnerFile(runner$dir, "lock"))
+}
+
 # Changes fields of the state and saves it. A disk that is full must not end the run: its results say more.
 updateState <- function(...) {
   changes <- list(...)
   for (name in names(changes)) runner$state[[name]] <- changes[[name]]
   runner$state$updated <- Sys.time()
+  if (!hasDirectory()) return(invisible())
   new <- runnerFile(runner$dir, "state.new")
   tryCatch(
     {
@@ -124,6 +143,7 @@ updateState <- function(...) {
 
 # Saves the error without what may be large, such as the results of other elements.
 saveError <- function(error, dir) {
+  if (!hasDirectory()) return(invisible())
   error[c("results", "failures", "trace")] <- NULL
   tryCatch(saveRDS(error, runnerFile(dir, "error.rds")), error = function(e) {
     say("the error could not be saved: ", conditionMessage(e))
@@ -135,7 +155,7 @@ startTicking <- function() {
   now <- proc.time()[["elapsed"]]
   runner$began <- now
   runner$stateDue <- runner$timelineDue <- now + 1
-  runner$cancelDue <- runner$seen <- now
+  runner$cancelDue <- now
   runner$tick <- runnerTick
 }
 
@@ -144,11 +164,11 @@ runnerTick <- function() {
   now <- proc.time()[["elapsed"]]
   if (now < runner$cancelDue) return(invisible())
   runner$cancelDue <- now + 0.2
-  # Nobody could cancel a run whose directory was removed or moved. What is left of it may be resumed there.
-  if (file.exists(runnerFile(runner$dir, "lock"))) runner$seen <- now
-  gone <- now - runner$seen > 10
+  # Nobody could cancel a run whose directory was removed or moved. What is left of it may be resumed there, and another
+  # run may be in its place.
+  gone <- !hasDirectory()
   if (gone) say("the directory of the run is gone")
-  if (gone || file.exists(runnerFile(runner$dir, "cancel"))) {
+  if (gone || file.exists(cancelFile(runner$dir, runner$state))) {
     runner$tick <- NULL
     # As Ctrl-C in a session: the cluster cancels its tasks.
     signalCondition(structure(class = c("interrupt", "condition"), list(message = "cancelled", call = NULL)))
@@ -173,6 +193,7 @@ runnerTick <- function() {
 
 # Saves the timeline of this runner after those of earlier ones.
 saveTimeline <- function() {
+  if (!hasDirectory()) return(invisible())
   timeline <- joinTimelines(runner$timeline, clusterTimeline(runner$cluster))
   new <- runnerFile(runner$dir, "timeline.new")
   saveRDS(timeline, new)

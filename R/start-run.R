@@ -7,7 +7,7 @@
 #   runner/settings.rds  how to start a runner: spec, packages, libraries, working directory
 #   runner/lock          locked by the runner while it lives
 #   runner/state.rds     what the runner last said of itself
-#   runner/cancel        asks the runner to end
+#   runner/cancel-ID     asks the runner with this id in its state to end
 #   runner/error.rds     the error with which the last runner ended
 #   runner/timeline.rds  when the workers of all runners were busy
 
@@ -50,9 +50,11 @@
 #'
 #' @section Errors:
 #' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run of which nothing has
-#' been computed is replaced. `rustcluster_run_locked`: such a run is being computed. `rustcluster_run_failed`: the
+#' been computed is replaced, unless it is being computed. `rustcluster_run_locked`: a run that is being computed cannot
+#' get other elements (`.reuse = "same"`), or another process uses the directory. `rustcluster_run_failed`: the
 #' runner could not be started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
-#' `rustcluster_bad_argument`.
+#' `rustcluster_bad_argument`. A warning of class `rustcluster_not_exported` names variables of the global environment
+#' that `FUN` uses and that are not in `export` (field `names`).
 #' @seealso [openRun()], [listRuns()], [runs()]
 #' @examples
 #' dir <- tempfile("sweep")
@@ -69,31 +71,43 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
   FUN <- theFunction(FUN)
   if (missing(X)) badArgument("X", "is missing")
   refuseUnknown(startRun, "startRun", ...names(), args(FUN))
+  refuseForeign(list(...), args(FUN))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   plainly <- c(".seed", ".timeout", ".retries", ".order", ".reuse", ".retry_errors", ".sync", ".save", ".wait")
   for (name in plainly) assign(name, plain(get(name)))
-  if (!isTRUE(.retry_errors) && !isFALSE(.retry_errors)) badArgument(".retry_errors", "must be TRUE or FALSE")
+  checkStoring(dir, FALSE, .retry_errors, .sync)
   .reuse <- tryCatch(match.arg(.reuse), error = function(e) badArgument(".reuse", "must be \"all\" or \"same\""))
   .save <- tryCatch(match.arg(.save), error = function(e) badArgument(".save", "must be \"head\" or \"hosts\""))
   between(.timeout, ".timeout", "a number of seconds", 0.001, 1e9, infinite = TRUE)
   between(.wait, ".wait", "a number of seconds", 0, 1e6)
+  checkSaving(.save, .save_dir, dir)
+  .retries <- checkRetries(.retries)
+  .order <- checkOrder(.order, length(X))
   .seed <- checkSeed(.seed)
   settings <- runnerSettings(spec, packages, cluster)
   export <- variablesToExport(export, parent.frame())
   code <- codeHashes(FUN, export)
   dir <- runDirectory(dir)
   run <- newRun(dir)
+  replaces <- FALSE
   if (isRun(dir)) {
     status <- runStatus(dir, new.env())
     computing <- !status$state %in% finalStates
-    if (isTRUE(status$done + status$failed > 0) || (hasStore(dir) && (computing || savesOnHosts(dir)))) {
+    computed <- isTRUE(status$done + status$failed > 0)
+    if (computing && !computed && isLocked(dir)) {
+      # The runner may not have made the store yet.
+      attachToTask(dir, X, code, list(...), .seed, .reuse)
+      awaitRunner(run, .wait)
+      return(run)
+    }
+    if (computed || (hasStore(dir) && (computing || savesOnHosts(dir)))) {
       grows <- compareWithRun(dir, X, code, list(...), .seed, .reuse)
       if (computing && grows) runLocked(dir)
       if (computing || (status$state == "done" && !grows && !(status$failed && .retry_errors))) return(run)
       .seed <- readRunInfo(dir)$seed
     } else {
       if (computing) runLocked(dir)
-      removeRun(dir)
+      replaces <- TRUE
     }
   }
   makeRunDirectory(dir)
@@ -105,8 +119,14 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
       .reuse = .reuse, .retry_errors = .retry_errors, .sync = .sync, .save = .save, .save_dir = .save_dir
     )
   )
+  warnNotExported(FUN, names(export))
   awaitUnlocked(dir)
-  if (!startRunner(dir, settings, length(X), task)) runLocked(dir)
+  if (!startRunner(dir, settings, length(X), task, replaces)) {
+    # Another session was faster.
+    attachToTask(dir, X, code, list(...), .seed, .reuse)
+    awaitRunner(run, .wait)
+    return(run)
+  }
   noteRun(dir)
   awaitRunner(run, .wait)
   run
@@ -115,19 +135,47 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
 # Refuses a call that differs from that of the run. Returns whether its elements differ, as `.reuse = "same"` allows.
 # `code`: what codeHashes() returns for the call.
 compareWithRun <- function(dir, X, code, arguments, seed, reuse) {
-  store <- openStore(dir)
-  before <- pickHashes(storedHashes(store), if (is.null(store$info$ids)) seq_len(store$info$n) else store$info$ids)
-  hashes <- elementHashes(X)
+  info <- readRunInfo(dir)
+  elements <- readElements(list(dir = dir))
+  ids <- if (is.null(info$ids)) seq_len(info$n) else info$ids
   task <- file.path(dir, "task.rds")
   # The variables of the runner are not those of this session: compare with the session that has started the run.
-  if (file.exists(task)) store$info$functions <- readRDS(task)$code
-  now <- list(
-    # Without differences in elements and names, compareRun() changes nothing.
-    hashes = if (reuse == "all") hashes else before, names = store$info$names, functions = code,
-    arguments = argumentHashes(arguments), seed = seed
+  if (file.exists(task)) info$functions <- readRDS(task)$code
+  refuseOther(dir, info, pickHashes(storedHashes(elements), ids), X, code, arguments, seed, reuse)
+}
+
+# Refuses a call that differs from that of the runner that lives, which may not have made the store yet.
+attachToTask <- function(dir, X, code, arguments, seed, reuse) {
+  task <- tryCatch(readRDS(file.path(dir, "task.rds")), error = function(e) NULL, warning = function(w) NULL)
+  if (is.null(task)) runLocked(dir)
+  info <- list(
+    functions = task$code, arguments = argumentHashes(task$arguments),
+    seed = if (!isFALSE(task$options$.seed)) task$options$.seed
   )
-  compareRun(store, now, X, "all")
-  !identical(before, hashes)
+  if (refuseOther(dir, info, elementHashes(task$X), X, code, arguments, seed, reuse)) runLocked(dir)
+}
+
+# As compareWithRun(). `info`: hashes of the run, and its seed. `before`: the hashes of its elements.
+refuseOther <- function(dir, info, before, X, code, arguments, seed, reuse) {
+  if (isFALSE(seed)) seed <- NULL
+  sameSeed <- if (isTRUE(seed)) !is.null(info$seed) else identical(as.double(seed), as.double(info$seed))
+  shown <- function(seed) if (is.null(seed)) "FALSE" else format(seed, scientific = FALSE)
+  now <- elementHashes(X)
+  same <- identical(before, now)
+  differs <- c(
+    changedParts(info$functions, code), changedParts(info$arguments, argumentHashes(arguments)),
+    if (!sameSeed) paste0("`.seed` was ", shown(info$seed), " and is ", shown(seed)),
+    if (!same && reuse == "all") changedElements(before, now)
+  )
+  if (length(differs)) {
+    abort(
+      "run_differs", "the run in ", dir, " was made by another call: ", paste(differs, collapse = "; "),
+      "; use another directory",
+      if (reuse == "all" && !same) ", or .reuse = \"same\" to keep the results of the elements that are the same",
+      fields = list(dir = dir, differs = differs)
+    )
+  }
+  !same
 }
 
 hasStore <- function(dir) file.exists(file.path(dir, "run.rds"))
@@ -138,11 +186,73 @@ savesOnHosts <- function(dir) {
   !file.exists(task) || identical(readRDS(task)$options$.save, "hosts")
 }
 
+# Refuses an argument that `FUN` does not take: it is a typing error, or the cluster that clusterLapply() needs. `fun`: a
+# function with the arguments of `FUN`, or NULL if these are unknown.
+refuseForeign <- function(given, fun) {
+  known <- names(formals(fun))
+  open <- is.null(fun) || "..." %in% known
+  for (i in which(nzchar(names2(given)))) {
+    name <- names(given)[[i]]
+    # R takes the beginning of a name for the name.
+    if (any(startsWith(known, name))) next
+    if (inherits(given[[i]], "cluster")) badArgument(name, "is a cluster; startRun() makes its own cluster: use `spec`")
+    if (open) next
+    hint <- didYouMean(name, setdiff(names(formals(startRun)), "..."))
+    if (name == "cl") hint <- "; startRun() makes its own cluster: use `spec`"
+    badArgument(name, "is neither an argument of startRun() nor of `FUN`", hint)
+  }
+}
+
+checkRetries <- function(retries) {
+  if (is.null(retries)) return(NULL)
+  between(retries, ".retries", "a whole number", 0, 1e6)
+  if (retries != trunc(retries)) badArgument(".retries", "must be a whole number")
+  retries
+}
+
+checkOrder <- function(order, n) {
+  if (is.null(order)) return(NULL)
+  whole <- is.numeric(order) && length(order) == n && isTRUE(all(sort(order, na.last = TRUE) == seq_len(n)))
+  if (!whole) badArgument(".order", "must contain each number from 1 to ", n, " once")
+  as.integer(order)
+}
+
+# Returns those of these names that a function finds in the global environment.
+inGlobal <- function(FUN, names) {
+  envir <- environment(FUN)
+  while (!is.null(envir) && !identical(envir, globalenv())) {
+    if (identical(envir, emptyenv()) || isNamespace(envir)) return(character())
+    names <- names[!vapply(names, exists, NA, envir = envir, inherits = FALSE)]
+    envir <- parent.env(envir)
+  }
+  if (is.null(envir)) character() else names[vapply(names, exists, NA, envir = envir, inherits = FALSE)]
+}
+
+# Warns of variables of the global environment that `FUN` uses and that do not exist in the workers.
+warnNotExported <- function(FUN, exported) {
+  if (typeof(FUN) != "closure") return(invisible())
+  used <- freeNames(call("function", formals(FUN), body(FUN)))
+  globals <- inGlobal(FUN, setdiff(c(used$variables, used$functions), exported))
+  # A function is looked up among functions.
+  function_only <- setdiff(globals, used$variables)
+  globals <- setdiff(globals, function_only[!vapply(function_only, exists, NA, envir = globalenv(), mode = "function",
+                                                    inherits = FALSE)])
+  if (!length(globals)) return(invisible())
+  names <- paste0("`", sort(globals), "`", collapse = ", ")
+  warning(rustclusterCondition(
+    "not_exported", paste0(
+      "`FUN` uses ", names, " of the global environment, which the workers do not have; name ",
+      ngettext(length(globals), "it", "them"), " in `export`"
+    ),
+    type = "warning", names = sort(globals)
+  ))
+}
+
 # Returns the hashes of the parts of a function and of the exported variables. Other global variables do not exist in
 # the workers.
 codeHashes <- function(FUN, export) {
   hashes <- functionHashes(FUN)
-  globals <- sprintf("`%s`, which `FUN` uses", ls(globalenv(), all.names = TRUE))
+  globals <- sprintf("`%s`, which `FUN` uses", inGlobal(FUN, ls(globalenv(), all.names = TRUE)))
   c(
     hashes[!names(hashes) %in% globals],
     stats::setNames(vapply(export, hashOf, "", USE.NAMES = FALSE), sprintf("the exported `%s`", names(export)))
@@ -202,16 +312,47 @@ runnerSettings <- function(spec, packages, cluster) {
 
 names2 <- function(x) if (is.null(names(x))) rep("", length(x)) else names(x)
 
-# Removes the files of a run of which nothing has been computed. The lock of the runner stays.
-removeRun <- function(dir) {
-  unlink(file.path(dir, c("run.rds", "elements.rds", "results", "task.rds", "log", "lock", "probe")), recursive = TRUE)
-  unlink(setdiff(list.files(runnerFile(dir, ""), full.names = TRUE), runnerFile(dir, "lock")))
+# Removes what is left of a run of which nothing has been computed. Only the runner that takes its place calls this: it
+# has the lock. The locks stay.
+removeOldRun <- function(dir) {
+  if (hasStore(dir)) {
+    # The lock of the store keeps calls of clusterLapply() away.
+    store <- openStore(dir, write = TRUE)
+    on.exit(closeStore(store))
+    counts <- storeCounts(store)
+    # Another runner has computed something in the meantime: clusterLapply() says what differs.
+    if (counts[["done"]] + counts[["failed"]] > 0) return(invisible())
+  }
+  # In this order: no description of a run is without its elements.
+  for (name in c("results", "run.rds", "elements.rds", "damaged", "probe")) unlink(file.path(dir, name), recursive = TRUE)
+  unlink(runnerFile(dir, "timeline.rds"))
+  # The output of this process is appended to the same file.
+  file.create(file.path(dir, "log"), showWarnings = FALSE)
+  invisible()
 }
+
+# Removes what earlier runners and sessions that were killed have left. Only the runner calls this.
+removeStale <- function(dir) {
+  files <- list.files(runnerFile(dir, ""))
+  cancels <- setdiff(grep("^cancel", files, value = TRUE), basename(cancelFile(dir, runner$state)))
+  new <- grep("[.][0-9]+[.]new$", files, value = TRUE)
+  # Another session may be about to start a runner.
+  old <- difftime(Sys.time(), file.mtime(runnerFile(dir, new)), units = "secs") > 3600
+  unlink(runnerFile(dir, c(cancels, new[old %in% TRUE], "error.rds")))
+  # clusterLapply() refuses a directory with other files than its own.
+  unlink(list.files(dir, "^task[.]rds[.].*new$", full.names = TRUE))
+}
+
+# Returns the file that asks the runner with this state to end. Each runner has another one: what is asked of one does
+# not end the next, and is not lost when the next one starts.
+cancelFile <- function(dir, state) runnerFile(dir, paste(c("cancel", state$id), collapse = "-"))
 
 # Creates the directory of a run, if it does not exist.
 makeRunDirectory <- function(dir) {
   if (file.exists(dir) && !dir.exists(dir)) badArgument("dir", "is a file, and must be a directory")
   others <- setdiff(list.files(dir, all.files = TRUE, no.. = TRUE), ownFiles)
+  # A session that saved them may be at work, or was killed.
+  others <- grep("^(task|run|elements)[.]rds([.][0-9]+)?[.]new$", others, value = TRUE, invert = TRUE)
   if (!isRun(dir) && length(others)) {
     badArgument("dir", "is a directory with other files than those of a run: ", sQuote(dir))
   }
@@ -272,18 +413,23 @@ saveNew <- function(value, dir, to) {
 }
 
 # Starts a runner. Returns FALSE if there is one already. `n`: the number of elements. `task`: that of a new run.
-startRunner <- function(dir, settings, n, task = NULL) {
-  unlink(runnerFile(dir, c("cancel", "error.rds")))
+# `replaces`: whether it takes the place of a run of which nothing has been computed.
+startRunner <- function(dir, settings, n, task = NULL, replaces = FALSE) {
   directory <- settings$directory
   if (!dir.exists(directory)) directory <- dir
   before <- readState(dir)
+  replaces <- replaces || isTRUE(before$replaces)
+  if (replaces) before <- NULL
   state <- list(
-    state = "starting", pid = NA_integer_, host = thisHost(), started = Sys.time(), updated = Sys.time(),
+    id = randomText(8L), replaces = replaces, state = "starting", pid = NA_integer_, host = thisHost(), started = Sys.time(), updated = Sys.time(),
     ended = NULL, n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
     attempt = if (is.null(before)) 1L else before$attempt + 1L, cluster = before$cluster
   )
-  values <- list(settings, state, task)
-  to <- c(runnerFile(dir, c("settings.rds", "state.rds")), file.path(dir, "task.rds"))[lengths(values) > 0L]
+  # The state comes last: whoever sees that a runner starts sees its task.
+  values <- list(settings, task, state)
+  to <- c(runnerFile(dir, "settings.rds"), file.path(dir, "task.rds"), runnerFile(dir, "state.rds"))
+  to <- to[lengths(values) > 0L]
+  values <- values[lengths(values) > 0L]
   new <- character()
   on.exit(unlink(new))
   # The process renames these when it has the lock: of two sessions that start a runner, only one changes anything.

@@ -166,7 +166,7 @@ test_that("the workers of a run that is killed wait for its next runner", {
   tools::pskill(pids[[1L]], tools::SIGKILL)
   expect_state(run, "interrupted")
   expect_gone(pids[[1L]])
-  expect_alive(unique(utils::read.table(said)[[2L]]))
+  expect_gte(sum(vapply(pids[-1L], alive, NA)), 2L)
   # The two workers end what they have begun.
   file.create(gate)
   expect_true(run$resume())
@@ -244,7 +244,10 @@ test_that("a runner that makes its cluster is cancelled, and an interrupted run 
   expect_true(wait_until(function() length(descendants(run$status()$pid)) > 0L))
   pids <- processes_of(run)
   expect_identical(run$status()$total, 3)
-  expect_error(startRun(dir, 1:3, sqrt), class = "rustcluster_run_locked")
+  # The same call attaches, another one is refused.
+  expect_identical(startRun(dir, 1:3, sqrt, .wait = 0)$status()$pid, pids[[1L]])
+  expect_error(startRun(dir, 1:4, sqrt), "had 3 elements", class = "rustcluster_run_differs")
+  expect_identical(as.list(run$results(partial = TRUE)), vector("list", 3L))
   expect_true(run$cancel())
   expect_identical(run$status()$state, "cancelled")
   expect_gone(pids)
@@ -373,6 +376,17 @@ test_that("errors at the start are raised, and the directory can be used again",
 
   other <- local_run_dir()
   expect_error(startRun(other, 1:3, sqrt, .retires = 2), class = "rustcluster_bad_argument")
+  for (wrong in list(
+    list(.order = c(1, 1, 2)), list(.sync = -1), list(.retries = -1), list(.retries = 0.5),
+    list(.save = "hosts", .save_dir = "rel"), list(.save_dir = tempdir())
+  )) {
+    expect_error(do.call(startRun, c(list(other, 1:3, sqrt), wrong)), names(wrong)[[length(wrong)]],
+                 class = "rustcluster_bad_argument")
+  }
+  expect_error(startRun(other, 1:3, sqrt, cl = 2), "use `spec`", class = "rustcluster_bad_argument")
+  cl <- local_cluster(1)
+  expect_error(startRun(other, 1:3, function(i, ...) i, cl = cl), "use `spec`", class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt, specs = 2), "did you mean `spec`", class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, cluster = list(thread = 2)), "threads", class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, cluster = list(spec = 2)), class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, export = "unheard_of"), class = "rustcluster_bad_argument")
@@ -415,6 +429,147 @@ test_that("the same call again attaches to a run, continues it, or names what di
   expect_identical(as.list(more$results()), lapply(1:6, function(i) i^2))
   expect_identical(sum(begun(said) <= 2), 2L)
   unlink(c(gate, said))
+})
+
+test_that("sessions that start the same run at once get one run", {
+  dir <- local_run_dir()
+  start <- function() {
+    start_child({
+      run <- startRun(run_dir, 1:5, sqrt, spec = 1)
+      say("pid", run$status()$pid)
+      run$wait(60)
+    }, values = list(run_dir = dir), .frame = parent.frame(2L))
+  }
+  children <- list(start(), start(), start())
+  for (child in children) expect_child_ends_well(child)
+  expect_length(unique(vapply(children, child_said, "", "pid")), 1L)
+  run <- openRun(dir)
+  expect_identical(run$status()$attempt, 1L)
+  expect_identical(as.list(run$results()), lapply(1:5, sqrt))
+})
+
+test_that("what a killed session has left does not block a run, and is removed", {
+  dir <- local_run_dir()
+  dir.create(file.path(dir, "runner"), recursive = TRUE)
+  left <- file.path(dir, c("task.rds.1.new", "runner/state.rds.1.new", "runner/settings.rds.2.new"))
+  file.create(left)
+  Sys.setFileTime(left[[2L]], Sys.time() - 86400)
+  run <- startRun(dir, 1:2, sqrt, spec = 1)
+  expect_identical(run$wait(60), "done")
+  # The last one may be of a session that is about to start a runner.
+  expect_identical(file.exists(left[2:3]), c(FALSE, TRUE))
+})
+
+test_that("a run of which nothing was computed is replaced under its lock", {
+  dir <- local_run_dir()
+  broken <- function(dir) {
+    startRun(dir, 1:3, sqrt, spec = list(list(host = "h1", ncore = 1)), cluster = list(rshcmd = "/bin/false"),
+             .wait = 60)
+  }
+  expect_error(broken(dir), class = "rustcluster_run_failed")
+  inode <- function() system2("stat", c("-c", "%i", file.path(dir, "runner", "lock")), stdout = TRUE)
+  before <- inode()
+  run <- startRun(dir, 1:4, abs, spec = 1)
+  expect_identical(run$wait(60), "done")
+  expect_identical(inode(), before)
+  expect_false(any(grepl("failed", run$log())))
+  # The results of another run stay, whatever a runner is told.
+  expect_true(rustcluster:::startRunner(dir, readRDS(file.path(dir, "runner", "settings.rds")), 4, replaces = TRUE))
+  expect_identical(run$wait(60), "done")
+  expect_identical(as.list(run$results()), lapply(1:4, abs))
+})
+
+test_that("a start that is too late does not lose that a run is to be cancelled", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  run <- startRun(dir, 1:3, gated(gate, tempfile("said-"), 2), spec = 1, .timeout = 1e5)
+  pids <- processes_of(run)
+  tools::pskill(pids[[1L]], tools::SIGSTOP)
+  file.create(rustcluster:::cancelFile(dir, rustcluster:::readState(dir)))
+  expect_false(rustcluster:::startRunner(dir, readRDS(file.path(dir, "runner", "settings.rds")), 3))
+  tools::pskill(pids[[1L]], tools::SIGCONT)
+  expect_state(run, "cancelled")
+  expect_gone(pids)
+})
+
+test_that("a runner whose directory is removed and used again ends, and does not touch the new run", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  run <- startRun(dir, 1:3, gated(gate, tempfile("said-"), 2), spec = 1, .timeout = 1e5)
+  expect_true(wait_until(function() run$status()$done == 1L))
+  pids <- processes_of(run)
+  unlink(dir, recursive = TRUE)
+  run <- startRun(dir, 1:4, gated(gate, tempfile("said-"), 5), spec = 1, .timeout = 1e5)
+  expect_gone(pids, 30)
+  expect_identical(run$wait(60), "done")
+  status <- run$status()
+  expect_identical(c(status$total, status$attempt), c(4L, 1L))
+  expect_false(status$pid %in% pids)
+  expect_identical(as.list(run$results()), lapply(1:4, function(i) i^2))
+})
+
+test_that("a variable of a closure counts, even if there is a global one of this name", {
+  dir <- local_run_dir()
+  assign("factor_of_run", 5, globalenv())
+  on.exit(rm("factor_of_run", envir = globalenv()), add = TRUE, after = FALSE)
+  made <- function(factor_of_run) function(i) factor_of_run * i
+  startRun(dir, 1:3, made(2), spec = 1)$wait(60)
+  expect_error(startRun(dir, 1:3, made(3)), "`factor_of_run`", class = "rustcluster_run_differs")
+  # The global one does not exist in the workers.
+  fun <- function(i) factor_of_run * i
+  environment(fun) <- globalenv()
+  other <- local_run_dir()
+  expect_warning(run <- startRun(other, 1, fun, spec = 1), "`factor_of_run`", class = "rustcluster_not_exported")
+  run$wait(60)
+  expect_match(run$errors()$message, "factor_of_run")
+  unlink(other, recursive = TRUE)
+  expect_no_warning(startRun(other, 1, fun, spec = 1, export = "factor_of_run"))
+})
+
+test_that("a run that is done gets more elements at once", {
+  dir <- local_run_dir()
+  for (n in 1:4) {
+    run <- startRun(dir, seq_len(n), sqrt, spec = 1, .reuse = "same")
+    expect_identical(run$wait(60), "done")
+  }
+  expect_identical(as.list(run$results()), lapply(1:4, sqrt))
+})
+
+test_that("elements that failed before do not count for the rate", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  fun <- function(i) {
+    if (i > 2 && !file.exists(gate)) stop("not yet")
+    if (i > 3) while (!file.exists(paste0(gate, "2"))) Sys.sleep(0.02)
+    i
+  }
+  run <- startRun(dir, 1:5, fun, spec = 1, .timeout = 1e5)
+  expect_identical(run$wait(60), "done")
+  expect_identical(run$status()$left, 0)
+  file.create(gate)
+  run$resume()
+  expect_true(wait_until(function() run$status()$done == 3L))
+  status <- run$status()
+  expect_identical(status$left, 2)
+  expect_gt(status$rate, 0)
+  file.create(paste0(gate, "2"))
+  expect_identical(run$wait(60), "done")
+  unlink(paste0(gate, c("", "2")))
+})
+
+test_that("errors and runs are printed in a line each", {
+  dir <- file.path(tempfile("long-"), strrep("directory", 10))
+  dir.create(dirname(dir))
+  on.exit(unlink(dirname(dir), recursive = TRUE), add = TRUE, after = FALSE)
+  run <- startRun(dir, 1:2, function(i) stop(strrep("long ", 50), "\nsecond line"), spec = 1)
+  run$wait(60)
+  expect_match(run$errors()$message[[1L]], "second line")
+  for (value in list(run$errors(), listRuns())) {
+    lines <- utils::capture.output(print(value))
+    expect_length(lines, nrow(value) + 1L)
+    expect_lte(max(nchar(lines)), 80L)
+  }
+  expect_identical(rustcluster:::shortened("abcdefghijklmnop", 9), "ab...mnop")
 })
 
 test_that("listRuns() lists the runs that are still there", {
@@ -490,6 +645,12 @@ test_that("runs at the command line", {
   startRun(failing, 1:2, function(i) if (i == 2) stop("no two") else i, spec = 1)
   expect_command(c("wait", failing), 1, "1 failed")
   expect_command(c("errors", failing), 1, "no two")
+  # What fails again and again is not computed again by cron.
+  expect_command(c("resume", failing), 0, "resume --failed")
+  expect_identical(openRun(failing)$status()$attempt, 1L)
+  expect_command(c("resume", "--failed", failing), 0, "runner 2")
+  expect_identical(openRun(failing)$wait(60), "done")
+  expect_identical(openRun(failing)$status()$attempt, 2L)
 })
 
 test_that("a promise of a run is fulfilled or rejected", {
@@ -540,6 +701,16 @@ test_that("a run of clusterLapply() can be opened", {
   expect_identical(startRun(dir, 1:6, gated(gate, said, 3), spec = 1, .timeout = 1e5)$wait(60), "done")
   expect_identical(as.list(run$results()), lapply(1:6, function(i) i^2))
   unlink(c(gate, said))
+})
+
+test_that("a run can be opened in the session that computes it", {
+  dir <- local_run_dir()
+  cl <- local_cluster(1)
+  seen <- NULL
+  clusterLapply(cl, 1:2, sqrt, .store = dir, .onResult = function(i, value) seen <<- openRun(dir)$status())
+  expect_identical(seen[c("state", "pid", "host")],
+                   list(state = "running", pid = Sys.getpid(), host = Sys.info()[["nodename"]]))
+  expect_identical(rustcluster:::runCommand(c("resume", dir)), 0L)
 })
 
 test_that("the timeline of a run goes over all its runners", {
