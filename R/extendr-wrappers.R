@@ -459,6 +459,15 @@ store_states <- function(store) .Call(wrap__store_states, store)
 #' @noRd
 store_counts <- function(store) .Call(wrap__store_counts, store)
 
+#' Returns the indices of the elements that have no result (`missing`) or an error (`failed`). `ids`: the number of each
+#' element in the run, or `NULL` if these are the first `count` numbers.
+#' @noRd
+store_which <- function(store, ids, count, missing, failed) .Call(wrap__store_which, store, ids, count, missing, failed)
+
+#' Returns whether two vectors of numbers have the same type and the same bits. Does not expand compact vectors.
+#' @noRd
+same_numbers <- function(a, b) .Call(wrap__same_numbers, a, b)
+
 #' Returns a list of the result of an element and of whether it is an error, or `NULL` without a result.
 #' @noRd
 store_read <- function(store, element) .Call(wrap__store_read, store, element)

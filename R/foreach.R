@@ -33,7 +33,8 @@
 #'   `foreach::getDoParWorkers()` the number of nodes of `cl`.
 #' @section Errors:
 #' `rustcluster_bad_argument` (also for an unknown option in `.options.rustcluster`), `rustcluster_stopped`,
-#' `rustcluster_restored`, `rustcluster_forked`. `%dopar%` raises these errors, `rustcluster_task_failed`, `rustcluster_timeout`, and the other errors of the cluster: see
+#' `rustcluster_restored`, `rustcluster_forked`. `%dopar%` raises these errors, `rustcluster_task_failed`,
+#' `rustcluster_timeout`, and the other errors of the cluster: see
 #' [rustcluster_conditions].
 #' @examplesIf requireNamespace("foreach", quietly = TRUE)
 #' library(foreach)

@@ -187,8 +187,7 @@ orderOf <- function(order, store) {
 # Returns the results that the store has already. Damaged ones are computed again.
 savedResults <- function(store) {
   values <- storeValues(store)
-  states <- storeStates(store)
-  store$todo <- union(store$todo, which(states == 0L))
+  store$todo <- union(store$todo, storeWhich(store, TRUE, FALSE))
   store$kept <- setdiff(seq_along(values), store$todo)
   values
 }

@@ -65,7 +65,7 @@ checkedStore <- function(result, dir) {
       ),
       run_damaged = abort(
         "run_damaged", "a result in ", if (is.null(result$file)) dir else result$file, " is damaged: ", reason,
-        "; call clusterLapply() with the same `.store` again to compute it again",
+        "; call clusterLapply() with the same `.store`, without `.collect = FALSE`, to compute it again",
         fields = list(dir = dir, file = result$file)
       ),
       run_write_failed = abort(
@@ -127,7 +127,13 @@ storeCounts <- function(store) {
   c(n = length(states), done = sum(states == 1L), failed = sum(states == 2L))
 }
 
-storeFailed <- function(store) which(storeStates(store) == 2L)
+storeFailed <- function(store) storeWhich(store, FALSE, TRUE)
+
+# Returns the indices of elements without a result (`missing`) or with an error (`failed`).
+storeWhich <- function(store, missing, failed) {
+  info <- store$info
+  checkedStore(store_which(storePointer(store), info$ids, as.double(info$n), missing, failed), store$dir)
+}
 
 # Returns the number of an element in the run.
 storeId <- function(store, i) if (is.null(store$info$ids)) i else store$info$ids[[i]]
@@ -224,8 +230,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
 
 # Sets the indices of the elements to compute.
 findMissing <- function(store) {
-  states <- storeStates(store)
-  store$todo <- which(if (store$retryErrors) states != 1L else states == 0L)
+  store$todo <- storeWhich(store, TRUE, store$retryErrors)
 }
 
 rVersionNumber <- function() {
@@ -279,8 +284,7 @@ compareRun <- function(store, now, X, reuse) {
   }
   elements <- readElements(store)
   # Fast path: hashes of many numbers take time and memory.
-  same <- is.null(info$ids) && !is.raw(elements) &&
-    identical(elements, unname(X), num.eq = FALSE, single.NA = FALSE, attrib.as.set = FALSE)
+  same <- is.null(info$ids) && !is.raw(elements) && same_numbers(elements, X)
   if (!same) {
     before <- storedHashes(elements)
     now$hashes <- elementHashes(X)

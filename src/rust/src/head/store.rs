@@ -150,6 +150,48 @@ fn store_states(store: Robj) -> Robj {
     })
 }
 
+/// Returns the indices of the elements that have no result (`missing`) or an error (`failed`). `ids`: the number of each
+/// element in the run, or `NULL` if these are the first `count` numbers.
+/// @noRd
+#[extendr]
+fn store_which(store: Robj, ids: Robj, count: f64, missing: bool, failed: bool) -> Robj {
+    with_store(&store, |store| {
+        let index = store.index.borrow();
+        let ids = ids.as_integer_slice();
+        let count = ids.map_or(count as usize, <[i32]>::len);
+        let is_wanted = |at: &usize| {
+            let id = ids.map_or(at + 1, |ids| ids[*at] as usize);
+            match index.state(id) {
+                State::Missing => missing,
+                State::Failed => failed,
+                State::Done => false,
+            }
+        };
+        let wanted = (0..count).filter(is_wanted).map(|at| at as i32 + 1);
+        Ok(wanted.collect::<Vec<i32>>().into())
+    })
+}
+
+/// Returns whether two vectors of numbers have the same type and the same bits. Does not expand compact vectors.
+/// @noRd
+#[extendr]
+fn same_numbers(a: Robj, b: Robj) -> bool {
+    // SAFETY: the vectors are alive, and types and lengths are checked.
+    unsafe {
+        let (a, b) = (a.get(), b.get());
+        let kind = TYPEOF(a);
+        if kind != TYPEOF(b) || XLENGTH(a) != XLENGTH(b) {
+            return false;
+        }
+        (0..XLENGTH(a)).all(|at| match kind {
+            SEXPTYPE::INTSXP => INTEGER_ELT(a, at) == INTEGER_ELT(b, at),
+            SEXPTYPE::LGLSXP => LOGICAL_ELT(a, at) == LOGICAL_ELT(b, at),
+            SEXPTYPE::REALSXP => REAL_ELT(a, at).to_bits() == REAL_ELT(b, at).to_bits(),
+            _ => false,
+        })
+    }
+}
+
 /// Returns the numbers of elements with a result and with an error.
 /// @noRd
 #[extendr]
@@ -716,6 +758,8 @@ extendr_module! {
     fn store_refresh;
     fn store_states;
     fn store_counts;
+    fn store_which;
+    fn same_numbers;
     fn store_read;
     fn store_values;
     fn store_write;
