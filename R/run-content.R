@@ -62,7 +62,7 @@ hashOf <- function(value) hexOf(checked(content_hashes(contentOf(value, seenObje
 elementHashes <- function(X) {
   if (typeof(X) != "list") return(checked(content_hashes(canonicalData(X), FALSE)))
   comparing({
-    coded <- vapply(X, hasCode, NA, USE.NAMES = FALSE)
+    coded <- if (hasCode(unname(X))) vapply(X, hasCode, NA, USE.NAMES = FALSE) else logical(length(X))
     plain <- X
     plain[coded] <- list(NULL)
     hashes <- checked(content_hashes(canonical(plain), FALSE))
@@ -83,6 +83,7 @@ hasCode <- function(x) {
   if (is.atomic(x) && is.null(attributes(x))) return(FALSE)
   level <- list(x)
   while (length(level)) {
+    level <- level[!vapply(level, function(part) is.atomic(part) && is.null(attributes(part)), NA)]
     types <- vapply(level, typeof, "")
     if (any(types %in% codeTypes)) return(TRUE)
     nested <- types %in% c("list", "expression", "pairlist")
@@ -117,13 +118,20 @@ canonical <- function(x) {
 }
 
 canonicalParts <- function(x) {
-  for (i in seq_along(x)) {
-    part <- x[[i]]
-    if (is.null(part) || is.atomic(part) && is.null(attributes(part)) && !typeof(part) %in% c("double", "character")) {
-      next
-    }
-    x[[i]] <- canonical(part)
-  }
+  if (!length(x)) return(x)
+  types <- vapply(x, typeof, "")
+  todo <- !vapply(x, function(part) is.atomic(part) && is.null(attributes(part)), NA)
+  todo <- todo | types %in% c("double", "character", "complex")
+  # Fast path for single values, of which few have another form.
+  single <- todo & lengths(x, use.names = FALSE) == 1L & types %in% c("double", "character")
+  single[single] <- vapply(x[single], function(part) is.null(attributes(part)), NA)
+  numbers <- which(single & types == "double")
+  values <- unlist(x[numbers], use.names = FALSE)
+  todo[numbers[!is.na(values) & values != 0]] <- FALSE
+  texts <- which(single & types == "character")
+  values <- as.character(unlist(x[texts], use.names = FALSE))
+  todo[texts[Encoding(values) == Encoding(inUtf8(values))]] <- FALSE
+  for (i in which(todo)) x[[i]] <- canonical(x[[i]])
   x
 }
 
@@ -189,7 +197,7 @@ contentOf <- function(x, seen) {
     return(if (!is.null(hashing$dir) && identical(x, hashing$dir)) "directory of the run" else canonical(x))
   }
   type <- typeof(x)
-  if (type == "environment" && nzchar(environmentName(x))) return(environmentName(x))
+  if (type == "environment" && isEnvironmentOfPackage(x)) return(environmentName(x))
   more <- attributes(x)
   more <- more[!names(more) %in% c(ignoredAttributes[1:4], if (inherits(x, "data.table")) "index")]
   if (length(more)) more <- more[order(names(more), method = "radix")]
@@ -197,6 +205,9 @@ contentOf <- function(x, seen) {
   formulaEnvironment <- more$.Environment
   if (isFormula) more$.Environment <- NULL
   moreContent <- function() if (length(more)) lapply(more, contentOf, seen)
+  # The environment of an S4 generic has what its calls have found. Its methods are objects of their own.
+  isGeneric <- type == "closure" && isS4(x) && inherits(x, "standardGeneric")
+  if (isGeneric) more <- more[names(more) %in% c("generic", "package", "signature", "valueClass")]
   key <- objectKey(x)
   if (!is.null(key)) {
     # A copy of a function may have other attributes.
@@ -208,7 +219,7 @@ contentOf <- function(x, seen) {
     seen[[key]] <- list(number = seen$count, object = x)
   }
   content <- switch(type,
-    closure = list(codeOf(x), lapply(variablesUsed(x), contentOf, seen)),
+    closure = list(codeOf(x), if (!isGeneric) lapply(variablesUsed(x), contentOf, seen)),
     environment = environmentContent(x, seen),
     # Attributes are below.
     list = , expression = , pairlist = unname(lapply(as.list(unclass(x)), contentOf, seen)),
@@ -220,6 +231,12 @@ contentOf <- function(x, seen) {
   list(type, content, moreContent())
 }
 
+# Returns whether an environment is the global one, or one that a package or R has made.
+isEnvironmentOfPackage <- function(x) {
+  isNamespace(x) || identical(x, globalenv()) || identical(x, baseenv()) || identical(x, emptyenv()) ||
+    grepl("^(package|imports):", environmentName(x))
+}
+
 environmentContent <- function(x, seen) {
   if (inherits(x, "R6ClassGenerator")) {
     parts <- c("classname", "public_fields", "public_methods", "private_fields", "private_methods", "active")
@@ -227,7 +244,7 @@ environmentContent <- function(x, seen) {
     return(lapply(c(parts, list(parent = tryCatch(x$get_inherit(), error = function(e) NULL))), contentOf, seen))
   }
   parent <- parent.env(x)
-  chained <- seen$parents && !isNamespace(parent) && !nzchar(environmentName(parent))
+  chained <- seen$parents && !isEnvironmentOfPackage(parent)
   variables <- variablesIn(x)
   # R6 makes this function, for each object.
   if (exists(".__enclos_env__", x, inherits = FALSE)) variables$clone <- NULL
