@@ -218,8 +218,13 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
     )
   }
   hashing$dir <- given
-  on.exit(hashing$dir <- NULL)
+  hashing$strings <- c(textsIn(X), textsIn(common))
+  on.exit(hashing$dir <- hashing$strings <- NULL)
   dir <- normalizePath(dir)
+  now <- NULL
+  opened <- FALSE
+  store <- NULL
+  on.exit(if (!opened && !is.null(store)) closeStore(store), add = TRUE)
   repeat {
     info <- readRunInfo(dir)
     new <- is.null(info)
@@ -232,29 +237,43 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
     }
     store <- openStore(dir, write = TRUE, info = info)
     # Another process may have made the run in the meantime.
-    if (identical(readRunInfo(dir), if (!new) info)) break
+    if (identical(readRunInfo(dir), if (!new) info)) {
+      if (is.null(now)) {
+        now <- list(
+          names = names(X), functions = functionHashes(FUN, what), arguments = argumentHashes(common), seed = seed
+        )
+      }
+      if (new) break
+      differs <- tryCatch({
+        compareRun(store, now, X, reuse)
+        NULL
+      }, rustcluster_run_differs = identity)
+      if (is.null(differs)) break
+      if (!isWithoutResults(store)) stop(differs)
+      # Nothing is lost: begin anew.
+      unlink(c(runPath(dir, c("run.rds", "elements.rds")), list.files(runPath(dir, "results"), full.names = TRUE)))
+    }
     closeStore(store)
+    store <- NULL
   }
-  opened <- FALSE
-  on.exit(if (!opened) closeStore(store), add = TRUE)
-  now <- list(
-    names = names(X), functions = functionHashes(FUN, what), arguments = argumentHashes(common),
-    seed = seed
-  )
   if (new) {
     store$info <- c(info, now[c("names", "functions", "arguments")], list(
       seed = drawnSeed(seed), fun = paste(deparse(FUN), collapse = "\n")
     ))
     saveDurably(storedElements(X), runPath(dir, "elements.rds"))
     saveDurably(store$info, runPath(dir, "run.rds"))
-  } else {
-    compareRun(store, now, X, reuse)
   }
   store$retryErrors <- retryErrors
   findMissing(store)
   checkedStore(store_write(store$pointer, rVersionNumber(), sync, waits), dir)
   opened <- TRUE
   store
+}
+
+# Returns whether a run has no result, also on no host, and was not made by startRun().
+isWithoutResults <- function(store) {
+  # The probe stays until results on hosts have been fetched.
+  !any(file.exists(runPath(store$dir, c("task.rds", "probe")))) && !any(storeStates(store) == 1L)
 }
 
 # Sets the indices of the elements to compute.
@@ -280,7 +299,11 @@ storedElements <- function(X) {
   if (typeof(X) %in% c("logical", "integer", "double")) unname(X) else elementHashes(X)
 }
 
-storedHashes <- function(elements) if (is.raw(elements)) elements else elementHashes(elements)
+# `elements`: what `elements.rds` has, or a store.
+storedHashes <- function(elements) {
+  if (is.environment(elements)) elements <- readElements(elements)
+  if (is.raw(elements)) elements else elementHashes(elements)
+}
 
 # Returns the seed to be stored. With TRUE the session's generator draws it.
 drawnSeed <- function(seed) {
@@ -332,9 +355,13 @@ compareRun <- function(store, now, X, reuse) {
 
 readElements <- function(store) {
   path <- runPath(store$dir, "elements.rds")
-  tryCatch(readRDS(path), error = function(e) {
-    abort("run_unreadable", path, " cannot be read: ", conditionMessage(e), fields = list(dir = store$dir))
+  unreadable <- function(...) abort("run_unreadable", path, " cannot be read: ", ..., fields = list(dir = store$dir))
+  elements <- tryCatch(suppressWarnings(readRDS(path)), error = function(e) {
+    unreadable(if (file.exists(path)) conditionMessage(e) else "it is missing")
   })
+  length <- length(elements) / (if (is.raw(elements)) 16 else 1)
+  if (!is.atomic(elements) || length != store$info$elements) unreadable("it does not have the elements of the run")
+  elements
 }
 
 pickHashes <- function(hashes, ids) {
@@ -366,10 +393,19 @@ regroup <- function(store, before, now, X) {
   info <- store$info
   old <- hexOf(before)
   new <- hexOf(now$hashes)
+  keys <- unique(old)
   # Equal elements are taken one after the other.
-  numbered <- function(hashes) paste(hashes, stats::ave(seq_along(hashes), hashes, FUN = seq_along))
+  numbered <- function(hashes) {
+    key <- match(hashes, keys)
+    sorted <- order(key)
+    key <- key[sorted]
+    first <- which(!duplicated(key))
+    rank <- seq_along(key) - rep(first, diff(c(first, length(key) + 1L)))
+    key[sorted] <- key + rank * (length(keys) + 1)
+    key
+  }
   if (is.null(info$seed)) {
-    ids <- match(numbered(new), numbered(old))
+    ids <- match(numbered(new), numbered(old), incomparables = NA)
   } else {
     at <- if (is.null(info$ids)) seq_len(info$n) else info$ids
     at <- at[seq_along(new)]
