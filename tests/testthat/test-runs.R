@@ -710,7 +710,7 @@ test_that("a run can be opened in the session that computes it", {
   clusterLapply(cl, 1:2, sqrt, .store = dir, .onResult = function(i, value) seen <<- openRun(dir)$status())
   expect_identical(seen[c("state", "pid", "host")],
                    list(state = "running", pid = Sys.getpid(), host = Sys.info()[["nodename"]]))
-  expect_identical(rustcluster:::runCommand(c("resume", dir)), 0L)
+  expect_output(expect_identical(rustcluster:::runCommand(c("resume", dir)), 0L), "2 of 2 elements done")
 })
 
 test_that("the timeline of a run goes over all its runners", {
