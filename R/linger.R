@@ -259,7 +259,7 @@ isThisProcess <- function(process) {
 }
 
 # Whether a handle is a copy of that of a cluster that another session has stopped, or that has waited in vain.
-isOver <- function(handle) {
+lingersNoMore <- function(handle) {
   if (is.null(handle$linger) || identical(handle$session, session) || isTRUE(handle$stopped)) return(FALSE)
   pids <- hub_pids(handle$pointer)
   isFailure(pids) && identical(pids[["kind"]], "restored") && is.null(theRecordOf(handle$linger$id))
