@@ -112,7 +112,7 @@ recordChange <- function(handle) {
 
 removeRecord <- function(handle) {
   if (is.null(handle$linger)) return(invisible())
-  if (!isTakenOver(handle)) forgetRecord(recordPath(handle$linger$id))
+  if (!isTakenOver(handle)) deleteRecord(recordPath(handle$linger$id))
   suppressWarnings(rm(list = handle$linger$id, envir = lingerKeys))
 }
 
@@ -195,7 +195,7 @@ checkedRecord <- function(path) {
     # Only the machine that made the cluster knows whether it is over.
     age <- as.double(difftime(Sys.time(), file.info(path)$mtime, units = "secs"))
     if (!isTRUE(age > record$linger$seconds + foreignGrace)) return(record)
-    forgetRecord(path)
+    deleteRecord(path)
     return(NULL)
   }
   used <- record$handle$owner[alive(record$handle)]
@@ -204,12 +204,12 @@ checkedRecord <- function(path) {
   # An agent that waits has its directory, however slow it is, and none survives a restart of the machine.
   there <- dir.exists(directories) & identical(record$head$boot, thisMachine()$boot)
   if (all(local) && !any(there)) {
-    forgetRecord(path)
+    deleteRecord(path)
     return(NULL)
   }
   record$lost <- lostAt(record, path, directories[there])
   if (any(there) || timeLeft(record) > 0) return(record)
-  if (timeLeft(record) < -recordGrace) forgetRecord(path)
+  if (timeLeft(record) < -recordGrace) deleteRecord(path)
   NULL
 }
 
@@ -236,7 +236,7 @@ lostAt <- function(record, path, directories) {
 # The file that says when a session has first seen that the head of a cluster has ended.
 seenPath <- function(path) sub("[.]rds$", ".seen", path)
 
-forgetRecord <- function(path) unlink(c(path, seenPath(path)))
+deleteRecord <- function(path) unlink(c(path, seenPath(path)))
 
 # Returns for how long the agents wait for a head at most, in seconds.
 timeLeft <- function(record) {
@@ -259,7 +259,7 @@ isThisProcess <- function(process) {
 }
 
 # Whether a handle is a copy of that of a cluster that another session has stopped, or that has waited in vain.
-isOver <- function(handle) {
+lingersNoMore <- function(handle) {
   if (is.null(handle$linger) || identical(handle$session, session) || isTRUE(handle$stopped)) return(FALSE)
   pids <- hub_pids(handle$pointer)
   isFailure(pids) && identical(pids[["kind"]], "restored") && is.null(theRecordOf(handle$linger$id))
@@ -496,7 +496,7 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
     # ENOENT or ECONNREFUSED.
     none <- "^(no agent of the cluster waits on this machine): .*[(]os error (2|111)[)]$"
     gone <- grepl(none, hosts$reason)
-    if (all(gone[used]) && stateOfProcess(record$head) != "elsewhere") forgetRecord(recordPath(linger$id))
+    if (all(gone[used]) && stateOfProcess(record$head) != "elsewhere") deleteRecord(recordPath(linger$id))
     reason <- ifelse(is.na(hosts$reason), "its agent does not answer", sub(none, "\\1", hosts$reason))
     stderr <- sub("[[:space:]]+$", "", hosts$stderr)
     reason <- paste0(reason, ifelse(is.na(stderr) | !nzchar(stderr), "", paste0(": ", stderr)))

@@ -380,7 +380,7 @@ stopNodes <- function(nodes) {
   trying <- function(expr) tryCatch(expr, error = function(e) failures <<- c(failures, list(e)))
   parts <- clustersAmong(nodes, which(ours))
   # A copy of a cluster that another session has stopped.
-  parts <- Filter(function(part) !isOver(part$handle), parts)
+  parts <- Filter(function(part) !lingersNoMore(part$handle), parts)
   for (part in parts) trying(revive(part$handle))
   for (part in parts) trying(endNodes(part$handle, part$ranks))
   for (node in nodes[!ours]) {
