@@ -64,8 +64,10 @@
 #' The arguments that decide what is computed must be the same in each call: `X` (see `.reuse`), `FUN`, `...` and
 #' `.seed`. Otherwise the error `rustcluster_run_differs` names what differs, and nothing changes. `FUN` is the same if
 #' its code is the same, and the values of the variables that the code uses: those of the functions in which `FUN` was
-#' made, and those of the global environment of this session. Functions of packages, and variables that exist on the
-#' workers only, are not compared. `.seed = TRUE` continues with the stored seed. A resumed call with `.seed` gives what
+#' made, and those of the global environment of this session. Code that computes names, as `get(paste0("p", i))`, uses
+#' all of these variables. Functions of packages, and variables that exist on the workers only, are not compared. A
+#' function that keeps state, as a memoised one, is another one after each call. A run without any result is begun anew
+#' by a call that differs. `.seed = TRUE` continues with the stored seed. A resumed call with `.seed` gives what
 #' an undisturbed one gives.
 #'
 #' With `.save = "hosts"`, a result survives the loss of this session, of its machine and of the connection as soon as a
