@@ -224,7 +224,7 @@ contentOf <- function(x, seen) {
     # Attributes are below.
     list = , expression = , pairlist = unname(lapply(as.list(unclass(x)), contentOf, seen)),
     language = list(
-      withoutSource(x), if (isFormula) lapply(variablesOf(x, formulaEnvironment), contentOf, seen)
+      withoutSource(x), if (isFormula) lapply(variablesUsedBy(x, formulaEnvironment), contentOf, seen)
     ),
     builtin = , special = deparse(x)
   )
@@ -296,10 +296,10 @@ codeOf <- function(fun) list(withoutSource(formals(fun)), withoutSource(body(fun
 
 # Returns the values of the variables that a function may use, by name: those of the functions that enclose it, and
 # those of the global environment, which are usually exported. Variables of packages do not count.
-variablesUsed <- function(fun) variablesOf(call("function", formals(fun), body(fun)), environment(fun))
+variablesUsed <- function(fun) variablesUsedBy(call("function", formals(fun), body(fun)), environment(fun))
 
 # As variablesUsed(), for code that is evaluated in `envir`.
-variablesOf <- function(code, envir) {
+variablesUsedBy <- function(code, envir) {
   used <- freeNames(code)
   strings <- stringsIn(code)
   looksUp <- length(used$lookups) > 0L
@@ -483,8 +483,8 @@ isGlobal <- function(code) identical(code, quote(globalenv())) || identical(code
 
 # Notes the names in the code that is in braces in strings, as package glue evaluates them.
 walkBraces <- function(strings, bound, found) {
-  for (text in strings[grepl("{", strings, fixed = TRUE)]) {
-    parts <- regmatches(text, gregexpr("[{][^{}]+[}]", text, perl = TRUE))[[1L]]
+  for (text in strings[grepl("{", strings, fixed = TRUE, useBytes = TRUE)]) {
+    parts <- regmatches(text, gregexpr("[{][^{}]+[}]", text, perl = TRUE, useBytes = TRUE))[[1L]]
     for (part in parts) walkText(substr(part, 2L, nchar(part) - 1L), bound, found)
   }
 }
