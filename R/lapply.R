@@ -66,7 +66,7 @@
 #' its code is the same, and the values of the variables that the code uses: those of the functions in which `FUN` was
 #' made, and those of the global environment of this session. Code that computes names, as `get(paste0("p", i))`, uses
 #' all of these variables. Functions of packages, and variables that exist on the workers only, are not compared. A
-#' function that keeps state, as a memoised one, is another one after each call. A run without any result is begun anew
+#' function that keeps state, such as a cache, is another one after each call. A run without any result is begun anew
 #' by a call that differs. `.seed = TRUE` continues with the stored seed. A resumed call with `.seed` gives what
 #' an undisturbed one gives.
 #'

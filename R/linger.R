@@ -119,8 +119,8 @@ removeRecord <- function(handle) {
 # Returns what identifies a process: its pid may be used again.
 thisProcess <- function(pid = Sys.getpid()) c(list(pid = pid, started = startOfProcess(pid)), thisMachine())
 
-# Returns what identifies this machine: its `name` and `id`, which are not always unique, and its `boot` and namespace of
-# pids (`pids`), in which a pid means something.
+# Returns what identifies this machine: its `name` and `id`, which are not always unique, and its `boot` and namespace
+# of pids (`pids`), in which a pid means something.
 thisMachine <- function() {
   line <- function(path) c(tryCatch(suppressWarnings(readLines(path, 1L)), error = function(e) ""), "")[[1L]]
   list(
@@ -224,7 +224,7 @@ socketDirectories <- function(linger, i) {
 # it. The head has ended when a session sees that for the first time, or before.
 lostAt <- function(record, path, directories) {
   noted <- file.info(file.path(directories, "lost"))$mtime
-  if (any(!is.na(noted))) return(max(noted, na.rm = TRUE))
+  if (!all(is.na(noted))) return(max(noted, na.rm = TRUE))
   beside <- seenPath(path)
   seen <- tryCatch(suppressWarnings(readRDS(beside)), error = function(e) NULL)
   if (is.list(seen) && identical(seen$head, record$head) && inherits(seen$time, "POSIXct")) return(seen$time)
@@ -492,8 +492,8 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
   }
   used <- seq_along(launches) %in% fields$owner[alive(fields)]
   if (!any(there & used)) {
-    # A host that cannot be reached now may be reached later, and an agent that is slow may answer later. Nobody listens:
-    # ENOENT or ECONNREFUSED.
+    # A host that cannot be reached now may be reached later, and an agent that is slow may answer later. Nobody
+    # listens: ENOENT or ECONNREFUSED.
     none <- "^(no agent of the cluster waits on this machine): .*[(]os error (2|111)[)]$"
     gone <- grepl(none, hosts$reason)
     if (all(gone[used]) && stateOfProcess(record$head) != "elsewhere") deleteRecord(recordPath(linger$id))

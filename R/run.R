@@ -41,8 +41,8 @@
 #'       some of which may have failed. `"failed"`: the runner has ended with an error. `"cancelled"`.
 #'       `"interrupted"`: the runner was killed, or its machine died. This is seen at once: the runner holds a lock.}
 #'     \item{done, failed, total}{(numeric) the numbers of elements with a value, with an error, and of all.}
-#'     \item{left}{(numeric) the number of elements without a result. While a runner computes failed elements again, these
-#'       count until they have a value.}
+#'     \item{left}{(numeric) the number of elements without a result. While a runner computes failed elements again,
+#'       these count until they have a value.}
 #'     \item{busy, workers}{(integer) busy workers, and workers that can be used, at `updated`.}
 #'     \item{rate}{(numeric) elements a second of the current runner. `NA` if unknown.}
 #'     \item{started, ended, updated}{(POSIXct) when the last runner started and ended, and when it last wrote its
@@ -233,7 +233,8 @@ print.rustcluster_run_errors <- function(x, ...) {
   shown <- as.data.frame(x)
   class(shown) <- "data.frame"
   if (is.character(shown$message)) {
-    names <- if (is.null(shown$name) || all(is.na(shown$name))) 0L else max(nchar(printable(shown$name)), 4L, na.rm = TRUE)
+    unnamed <- is.null(shown$name) || all(is.na(shown$name))
+    names <- if (unnamed) 0L else max(nchar(printable(shown$name)), 4L, na.rm = TRUE)
     classes <- if (is.null(shown$class)) 0L else max(nchar(shown$class), 5L)
     width <- getOption("width", 80L) - names - classes - max(nchar(shown$index), 5L) - 4L
     shown$message <- oneLine(printable(shown$message), max(width, 20L))

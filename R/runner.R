@@ -115,8 +115,8 @@ waitingCluster <- function(id) {
   )
 }
 
-# Returns whether the directory of the run is still the one whose lock this process has: it may have been removed, moved,
-# or replaced by that of another run.
+# Returns whether the directory of the run is still the one whose lock this process has: it may have been removed,
+# moved, or replaced by that of another run.
 hasDirectory <- function() {
   # Where there is no /proc, a directory that is replaced is not seen.
   if (nzchar(runner$locked)) Sys.readlink(runner$lock) == runner$locked else file.exists(runnerFile(runner$dir, "lock"))

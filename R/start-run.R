@@ -186,8 +186,8 @@ savesOnHosts <- function(dir) {
   !file.exists(task) || identical(readRDS(task)$options$.save, "hosts")
 }
 
-# Refuses an argument that `FUN` does not take: it is a typing error, or the cluster that clusterLapply() needs. `fun`: a
-# function with the arguments of `FUN`, or NULL if these are unknown.
+# Refuses an argument that `FUN` does not take: it is a typing error, or the cluster that clusterLapply() needs. `fun`:
+# a function with the arguments of `FUN`, or NULL if these are unknown.
 refuseForeign <- function(given, fun) {
   known <- names(formals(fun))
   open <- is.null(fun) || "..." %in% known
@@ -324,7 +324,9 @@ removeOldRun <- function(dir) {
     if (counts[["done"]] + counts[["failed"]] > 0) return(invisible())
   }
   # In this order: no description of a run is without its elements.
-  for (name in c("results", "run.rds", "elements.rds", "damaged", "probe")) unlink(file.path(dir, name), recursive = TRUE)
+  for (name in c("results", "run.rds", "elements.rds", "damaged", "probe")) {
+    unlink(file.path(dir, name), recursive = TRUE)
+  }
   unlink(runnerFile(dir, "timeline.rds"))
   # The output of this process is appended to the same file.
   file.create(file.path(dir, "log"), showWarnings = FALSE)
@@ -421,8 +423,8 @@ startRunner <- function(dir, settings, n, task = NULL, replaces = FALSE) {
   replaces <- replaces || isTRUE(before$replaces)
   if (replaces) before <- NULL
   state <- list(
-    id = randomText(8L), replaces = replaces, state = "starting", pid = NA_integer_, host = thisHost(), started = Sys.time(), updated = Sys.time(),
-    ended = NULL, n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
+    id = randomText(8L), replaces = replaces, state = "starting", pid = NA_integer_, host = thisHost(),
+    started = Sys.time(), updated = Sys.time(), ended = NULL, n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
     attempt = if (is.null(before)) 1L else before$attempt + 1L, cluster = before$cluster
   )
   # The state comes last: whoever sees that a runner starts sees its task.

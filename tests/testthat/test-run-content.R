@@ -7,7 +7,9 @@ of_value <- function(value) unname(rustcluster:::argumentHashes(list(value)))
 expect_noticed <- function(setup, fun, change) {
   run <- function(text) suppressMessages(eval(parse(text = text, keep.source = FALSE), globalenv()))
   before <- ls(globalenv(), all.names = TRUE)
-  on.exit(rm(list = setdiff(ls(globalenv(), all.names = TRUE), before), envir = globalenv()))
+  on.exit(
+    rm(list = setdiff(ls(globalenv(), all.names = TRUE), before), envir = globalenv()), add = TRUE, after = FALSE
+  )
   run(setup)
   fun <- run(fun)
   first <- hashes(fun)
@@ -71,9 +73,7 @@ test_that("variables that code names in another way are noticed", {
 })
 
 test_that("classes and methods are noticed", {
-  on.exit({
-    suppressWarnings(methods::removeClass("ContentP", where = globalenv()))
-  })
+  on.exit(suppressWarnings(methods::removeClass("ContentP", where = globalenv())), add = TRUE, after = FALSE)
   expect_noticed(
     "methods::setClass('ContentP', representation(x = 'numeric'), prototype(x = 1))", "function(x) methods::new('ContentP')",
     "methods::setClass('ContentP', representation(x = 'numeric'), prototype(x = 2))"
@@ -143,7 +143,7 @@ test_that("elements are numbered in a short time, also those that are equal", {
   X <- c(1, 2, 2, 3, 2)
   store <- list2env(list(info = info, dir = tempfile("run-")))
   dir.create(store$dir)
-  on.exit(unlink(store$dir, recursive = TRUE))
+  on.exit(unlink(store$dir, recursive = TRUE), add = TRUE, after = FALSE)
   now <- list(hashes = rustcluster:::elementHashes(c(2, 9, 2, 1, 2, 2, 9)))
   rustcluster:::regroup(store, rustcluster:::elementHashes(X), now, X)
   expect_identical(store$info$ids, c(2L, 6L, 3L, 1L, 5L, 7L, 8L))
