@@ -359,9 +359,11 @@ readElements <- function(store) {
   elements <- tryCatch(suppressWarnings(readRDS(path)), error = function(e) {
     unreadable(if (file.exists(path)) conditionMessage(e) else "it is missing")
   })
-  length <- length(elements) / (if (is.raw(elements)) 16 else 1)
-  if (!is.atomic(elements) || length != store$info$elements) unreadable("it does not have the elements of the run")
-  elements
+  size <- if (is.raw(elements)) 16L else 1L
+  n <- store$info$elements * size
+  if (!is.atomic(elements) || length(elements) < n) unreadable("it does not have the elements of the run")
+  # A crash may have left elements that `run.rds` does not know of.
+  if (length(elements) > n) elements[seq_len(n)] else elements
 }
 
 pickHashes <- function(hashes, ids) {

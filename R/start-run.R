@@ -136,7 +136,7 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
 # `code`: what codeHashes() returns for the call.
 compareWithRun <- function(dir, X, code, arguments, seed, reuse) {
   info <- readRunInfo(dir)
-  elements <- readElements(list(dir = dir))
+  elements <- readElements(list(dir = dir, info = info))
   ids <- if (is.null(info$ids)) seq_len(info$n) else info$ids
   task <- file.path(dir, "task.rds")
   # The variables of the runner are not those of this session: compare with the session that has started the run.
@@ -424,7 +424,8 @@ startRunner <- function(dir, settings, n, task = NULL, replaces = FALSE) {
   if (replaces) before <- NULL
   state <- list(
     id = randomText(8L), replaces = replaces, state = "starting", pid = NA_integer_, host = thisHost(),
-    started = Sys.time(), updated = Sys.time(), ended = NULL, n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
+    started = Sys.time(), updated = Sys.time(), ended = NULL,
+    n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
     attempt = if (is.null(before)) 1L else before$attempt + 1L, cluster = before$cluster
   )
   # The state comes last: whoever sees that a runner starts sees its task.
