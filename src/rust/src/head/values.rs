@@ -221,7 +221,7 @@ pub(super) fn serialized(value: &Robj) -> std::result::Result<Body, Jump> {
 pub struct Values {
     /// The list of the function and of the common arguments.
     pub(super) common: Robj,
-    /// The flags of [`batch::Head`](crate::codec::batch::Head).
+    /// The flags of [`batch::Head`].
     pub(super) flags: u8,
     /// Whether the common list contains no object whose identity matters, such as an environment. An element
     /// then cannot refer to such an object of the list.
