@@ -128,7 +128,8 @@ loopFunction <- function(expr, exports, variables) {
 # Runs a loop whose results are stored. Returns the list of results.
 runStored <- function(cl, iterator, iterations, fun, in_order, options) {
   store <- beginStore(
-    options$store, iterations, fun, list(), FALSE, options$reuse, options$retry_errors, options$sync, "the loop"
+    options$store, iterations, fun, list(), FALSE, options$reuse, options$retry_errors, options$sync,
+    what = "the loop"
   )
   on.exit(closeStore(store))
   saved <- savedResults(store)
