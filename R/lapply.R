@@ -115,19 +115,12 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   if (length(parts) > 1L && !identical(.timeout, Inf)) {
     badArgument(".timeout", "needs nodes of one cluster; for several clusters, use `timeout` of makeRustCluster()")
   }
-  if (!is.null(.retries)) {
-    between(.retries, ".retries", "a whole number", 0, 1e6)
-    if (.retries != trunc(.retries)) badArgument(".retries", "must be a whole number")
-  }
+  .retries <- checkRetries(.retries)
   if (!is.null(.onResult) && !is.function(.onResult)) badArgument(".onResult", "must be a function")
   .errors <- tryCatch(match.arg(.errors), error = function(e) {
     badArgument(".errors", "must be \"finish\", \"stop\" or \"return\"")
   })
-  if (!is.null(.order)) {
-    whole <- is.numeric(.order) && length(.order) == n && isTRUE(all(sort(.order, na.last = TRUE) == seq_len(n)))
-    if (!whole) badArgument(".order", "must contain each number from 1 to ", n, " once")
-    .order <- as.integer(.order)
-  }
+  .order <- checkOrder(.order, n)
   checkStoring(.store, .collect, .retry_errors, .sync)
   .reuse <- tryCatch(match.arg(.reuse), error = function(e) badArgument(".reuse", "must be \"all\" or \"same\""))
   .save <- tryCatch(match.arg(.save), error = function(e) badArgument(".save", "must be \"head\" or \"hosts\""))
@@ -168,6 +161,20 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   values <- job$values
   names(values) <- names(X)
   values
+}
+
+checkRetries <- function(retries) {
+  if (is.null(retries)) return(NULL)
+  between(retries, ".retries", "a whole number", 0, 1e6)
+  if (retries != trunc(retries)) badArgument(".retries", "must be a whole number")
+  retries
+}
+
+checkOrder <- function(order, n) {
+  if (is.null(order)) return(NULL)
+  whole <- is.numeric(order) && length(order) == n && isTRUE(all(sort(order, na.last = TRUE) == seq_len(n)))
+  if (!whole) badArgument(".order", "must contain each number from 1 to ", n, " once")
+  as.integer(order)
 }
 
 checkStoring <- function(store, collect, retryErrors, sync, names = c(".retry_errors", ".sync")) {

@@ -597,8 +597,7 @@ looksInEnvironments <- function(fun) {
 
 # Returns the hashes of the arguments of `FUN`.
 argumentHashes <- function(common) {
-  names <- names(common)
-  if (is.null(names)) names <- rep("", length(common))
+  names <- names2(common)
   places <- sprintf("argument %d in `...`", seq_along(common))
   labels <- ifelse(nzchar(names), sprintf("the argument `%s`", names), places)
   comparing(vapply(stats::setNames(common, labels), hashOf, ""), "...")

@@ -23,7 +23,7 @@ beginSaving <- function(store, cl, dir, values, durable) {
   fetched <- sum(vapply(foldersOf(store$info), function(folder) fetchSaved(store, cl, dir, folder), 0L))
   if (fetched) findMissing(store)
   nonce <- randomText(16L)
-  probe <- runPath(store$dir, "probe")
+  probe <- file.path(store$dir, "probe")
   written <- tryCatch({
     # No line end: workers compare the whole file.
     cat(nonce, file = probe)
@@ -46,7 +46,7 @@ currentFolder <- function(info) foldersOf(info)[[length(foldersOf(info))]]
 # All results are durable here: removes what the hosts have.
 endSaving <- function(store, cl) {
   flushStore(store)
-  unlink(runPath(store$dir, "probe"))
+  unlink(file.path(store$dir, "probe"))
   for (folder in foldersOf(store$info)) {
     tryCatch(
       onHosts(cl, removeSaved, store$save$host_dir, folder),
@@ -79,11 +79,11 @@ hostNodes <- function(cl) {
 # fetched. Returns the number of fetched files.
 fetchSaved <- function(store, cl, dir, folder) {
   count <- 0L
-  dir.create(runPath(store$dir, "results"), showWarnings = FALSE)
+  dir.create(file.path(store$dir, "results"), showWarnings = FALSE)
   states <- checkedStore(store_states(storePointer(store)), store$dir)
   fetch <- function(node) {
     for (file in onNodes(node, listSaved, dir, folder, store$info$id)[[1L]]) {
-      to <- runPath(store$dir, "results", file$name)
+      to <- file.path(store$dir, "results", file$name)
       if (!file.exists(to) && any(states[file$elements] != 1L, na.rm = TRUE)) {
         fetchFile(store, node, dir, folder, file$name, file$size, to)
         count <<- count + 1L

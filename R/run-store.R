@@ -8,13 +8,17 @@ ownFiles <- c(
   "lock", "probe", "results", "run.rds.new", "elements.rds", "elements.rds.new", "task.rds", "log", "runner"
 )
 
-runPath <- function(dir, ...) file.path(dir, ...)
-
-# Checks the path of a run. Returns it as an absolute path, if its parent exists.
-checkDir <- function(dir, argument) {
+# Returns a path, if it is one.
+checkPath <- function(dir, argument) {
   if (!is.character(dir) || length(dir) != 1L || !isText(dir) || !nzchar(dir)) {
     badArgument(argument, "must be the path of a directory")
   }
+  dir
+}
+
+# Checks the path of a run. Returns it as an absolute path, if its parent exists.
+checkDir <- function(dir, argument) {
+  checkPath(dir, argument)
   if (file.exists(dir) && !dir.exists(dir)) badArgument(argument, "is a file, not a directory: ", dir)
   # The directory may not exist yet.
   dir <- sub("(.)/+$", "\\1", dir)
@@ -29,7 +33,7 @@ saveDurably <- function(object, path, durable = TRUE) {
 
 # Returns what a run is: the list in `run.rds`, or NULL if the directory has no run.
 readRunInfo <- function(dir) {
-  path <- runPath(dir, "run.rds")
+  path <- file.path(dir, "run.rds")
   if (!file.exists(path)) return(NULL)
   info <- tryCatch(readRDS(path), error = function(e) {
     abort("run_unreadable", path, " cannot be read: ", conditionMessage(e), fields = list(dir = dir))
@@ -78,7 +82,7 @@ checkedStore <- function(result, dir) {
   checked(result)
 }
 
-lockText <- function() paste0(Sys.getpid(), " ", Sys.info()[["nodename"]], "\n")
+lockText <- function() paste0(Sys.getpid(), " ", thisHost(), "\n")
 
 # Opens a store: an environment with `dir`, `info` and the pointer to the index. `write`: whether to take the lock.
 openStore <- function(dir, write = FALSE, info = readRunInfo(dir)) {
@@ -179,13 +183,13 @@ storeValues <- function(store, ids = store$info$ids, tolerant = FALSE) {
 # Notes elements, by their numbers in the run, whose results are damaged: they count as missing from now on, in every
 # session, until they have been computed again.
 noteDamaged <- function(store, ids) {
-  try(suppressWarnings(cat(ids, sep = "\n", file = runPath(store$dir, "damaged"), append = TRUE)), silent = TRUE)
+  try(suppressWarnings(cat(ids, sep = "\n", file = file.path(store$dir, "damaged"), append = TRUE)), silent = TRUE)
   checkDamaged(store)
 }
 
 # Forgets the results that are noted as damaged and still are.
 checkDamaged <- function(store) {
-  path <- runPath(store$dir, "damaged")
+  path <- file.path(store$dir, "damaged")
   if (!file.exists(path)) return(invisible())
   ids <- suppressWarnings(as.integer(readLines(path, warn = FALSE)))
   checkedStore(store_check(store$pointer, ids[!is.na(ids)]), store$dir)
@@ -230,7 +234,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
     new <- is.null(info)
     if (new) {
       others <- setdiff(list.files(dir, all.files = TRUE, no.. = TRUE), ownFiles)
-      if (length(others) || length(list.files(runPath(dir, "results")))) {
+      if (length(others) || length(list.files(file.path(dir, "results")))) {
         badArgument(".store", "is a directory with other files than those of a run: ", dir)
       }
       info <- newRunInfo(X)
@@ -251,7 +255,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
       if (is.null(differs)) break
       if (!isWithoutResults(store)) stop(differs)
       # Nothing is lost: begin anew.
-      unlink(c(runPath(dir, c("run.rds", "elements.rds")), list.files(runPath(dir, "results"), full.names = TRUE)))
+      unlink(c(file.path(dir, c("run.rds", "elements.rds")), list.files(file.path(dir, "results"), full.names = TRUE)))
     }
     closeStore(store)
     store <- NULL
@@ -260,8 +264,8 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
     store$info <- c(info, now[c("names", "functions", "arguments")], list(
       seed = drawnSeed(seed), fun = paste(deparse(FUN), collapse = "\n")
     ))
-    saveDurably(storedElements(X), runPath(dir, "elements.rds"))
-    saveDurably(store$info, runPath(dir, "run.rds"))
+    saveDurably(storedElements(X), file.path(dir, "elements.rds"))
+    saveDurably(store$info, file.path(dir, "run.rds"))
   }
   store$retryErrors <- retryErrors
   findMissing(store)
@@ -273,7 +277,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
 # Returns whether a run has no result, also on no host, and was not made by startRun().
 isWithoutResults <- function(store) {
   # The probe stays until results on hosts have been fetched.
-  !any(file.exists(runPath(store$dir, c("task.rds", "probe")))) && !any(storeStates(store) == 1L)
+  !any(file.exists(file.path(store$dir, c("task.rds", "probe")))) && !any(storeStates(store) == 1L)
 }
 
 # Sets the indices of the elements to compute.
@@ -314,19 +318,7 @@ drawnSeed <- function(seed) {
 # that the run has keep their results.
 compareRun <- function(store, now, X, reuse) {
   info <- store$info
-  differs <- c(
-    changedParts(info$functions, now$functions),
-    changedParts(info$arguments, now$arguments)
-  )
-  if (!isTRUE(now$seed)) {
-    seed <- if (isFALSE(now$seed)) NULL else now$seed
-    if (!identical(as.double(seed), as.double(info$seed))) {
-      shown <- function(seed) if (is.null(seed)) "FALSE" else format(seed, scientific = FALSE)
-      differs <- c(differs, paste0("`.seed` was ", shown(info$seed), " and is ", shown(seed)))
-    }
-  } else if (is.null(info$seed)) {
-    differs <- c(differs, "`.seed` was FALSE and is TRUE")
-  }
+  differs <- NULL
   elements <- readElements(store)
   # Fast path: hashes of many numbers take time and memory.
   same <- is.null(info$ids) && !is.raw(elements) && same_numbers(elements, X)
@@ -335,26 +327,39 @@ compareRun <- function(store, now, X, reuse) {
     now$hashes <- elementHashes(X)
     ids <- if (is.null(info$ids)) seq_len(info$n) else info$ids
     same <- identical(pickHashes(before, ids), now$hashes)
-    if (!same && reuse == "all") differs <- c(differs, changedElements(pickHashes(before, ids), now$hashes))
+    if (!same && reuse == "all") differs <- changedElements(pickHashes(before, ids), now$hashes)
   }
-  if (length(differs)) {
-    abort(
-      "run_differs", "the run in ", store$dir, " was made by another call: ", paste(differs, collapse = "; "),
-      "; use another directory",
-      if (reuse == "all" && !same) ", or .reuse = \"same\" to keep the results of the elements that are the same",
-      fields = list(dir = store$dir, differs = differs)
-    )
-  }
+  refuseOther(store$dir, info, now, differs)
   if (!same) regroup(store, before, now, X)
   if (!same || !identical(info$names, now$names)) {
     store$info["names"] <- list(now$names)
-    saveDurably(store$info, runPath(store$dir, "run.rds"))
+    saveDurably(store$info, file.path(store$dir, "run.rds"))
   }
   if (!same) checkedStore(store_refresh(store$pointer, as.double(store$info$elements), FALSE), store$dir)
 }
 
+# Refuses a call that differs from that of a run. `info`: the run. `now`: the hashes of the call's function and of its
+# arguments, and its seed. `elements`: how its elements differ, or NULL.
+refuseOther <- function(dir, info, now, elements) {
+  seed <- if (!isFALSE(now$seed)) now$seed
+  sameSeed <- if (isTRUE(seed)) !is.null(info$seed) else identical(as.double(seed), as.double(info$seed))
+  shown <- function(seed) if (is.null(seed)) "FALSE" else format(seed, scientific = FALSE)
+  differs <- c(
+    changedParts(info$functions, now$functions), changedParts(info$arguments, now$arguments),
+    if (!sameSeed) paste0("`.seed` was ", shown(info$seed), " and is ", shown(seed)),
+    elements
+  )
+  if (!length(differs)) return(invisible())
+  abort(
+    "run_differs", "the run in ", dir, " was made by another call: ", paste(differs, collapse = "; "),
+    "; use another directory",
+    if (length(elements)) ", or .reuse = \"same\" to keep the results of the elements that are the same",
+    fields = list(dir = dir, differs = differs)
+  )
+}
+
 readElements <- function(store) {
-  path <- runPath(store$dir, "elements.rds")
+  path <- file.path(store$dir, "elements.rds")
   unreadable <- function(...) abort("run_unreadable", path, " cannot be read: ", ..., fields = list(dir = store$dir))
   elements <- tryCatch(suppressWarnings(readRDS(path)), error = function(e) {
     unreadable(if (file.exists(path)) conditionMessage(e) else "it is missing")
@@ -421,5 +426,5 @@ regroup <- function(store, before, now, X) {
   store$info$n <- length(new)
   store$info$elements <- length(old) + length(fresh)
   hashes <- c(before, pickHashes(now$hashes, fresh))
-  saveDurably(hashes, runPath(store$dir, "elements.rds"))
+  saveDurably(hashes, file.path(store$dir, "elements.rds"))
 }

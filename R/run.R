@@ -70,10 +70,7 @@
 #' unlink(dir, recursive = TRUE)
 #' @export
 openRun <- function(dir) {
-  dir <- plain(dir)
-  if (!is.character(dir) || length(dir) != 1L || !isText(dir) || !nzchar(dir)) {
-    badArgument("dir", "must be the path of a directory")
-  }
+  dir <- checkPath(plain(dir), "dir")
   if (!isRun(path.expand(dir))) {
     abort("run_unreadable", sQuote(dir), " holds no run", if (!dir.exists(dir)) ": there is no such directory",
           fields = list(dir = dir))

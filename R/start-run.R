@@ -89,6 +89,11 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
   code <- codeHashes(FUN, export)
   dir <- runDirectory(dir)
   run <- newRun(dir)
+  join <- function() {
+    attachToTask(dir, X, code, list(...), .seed, .reuse)
+    awaitRunner(run, .wait)
+    run
+  }
   replaces <- FALSE
   if (isRun(dir)) {
     status <- runStatus(dir, new.env())
@@ -96,9 +101,7 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
     computed <- isTRUE(status$done + status$failed > 0)
     if (computing && !computed && isLocked(dir)) {
       # The runner may not have made the store yet.
-      attachToTask(dir, X, code, list(...), .seed, .reuse)
-      awaitRunner(run, .wait)
-      return(run)
+      return(join())
     }
     if (computed || (hasStore(dir) && (computing || savesOnHosts(dir)))) {
       grows <- compareWithRun(dir, X, code, list(...), .seed, .reuse)
@@ -123,9 +126,7 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
   awaitUnlocked(dir)
   if (!startRunner(dir, settings, length(X), task, replaces)) {
     # Another session was faster.
-    attachToTask(dir, X, code, list(...), .seed, .reuse)
-    awaitRunner(run, .wait)
-    return(run)
+    return(join())
   }
   noteRun(dir)
   awaitRunner(run, .wait)
@@ -141,7 +142,7 @@ compareWithRun <- function(dir, X, code, arguments, seed, reuse) {
   task <- file.path(dir, "task.rds")
   # The variables of the runner are not those of this session: compare with the session that has started the run.
   if (file.exists(task)) info$functions <- readRDS(task)$code
-  refuseOther(dir, info, pickHashes(storedHashes(elements), ids), X, code, arguments, seed, reuse)
+  compareWith(dir, info, pickHashes(storedHashes(elements), ids), X, code, arguments, seed, reuse)
 }
 
 # Refuses a call that differs from that of the runner that lives, which may not have made the store yet.
@@ -152,29 +153,15 @@ attachToTask <- function(dir, X, code, arguments, seed, reuse) {
     functions = task$code, arguments = argumentHashes(task$arguments),
     seed = if (!isFALSE(task$options$.seed)) task$options$.seed
   )
-  if (refuseOther(dir, info, elementHashes(task$X), X, code, arguments, seed, reuse)) runLocked(dir)
+  if (compareWith(dir, info, elementHashes(task$X), X, code, arguments, seed, reuse)) runLocked(dir)
 }
 
 # As compareWithRun(). `info`: hashes of the run, and its seed. `before`: the hashes of its elements.
-refuseOther <- function(dir, info, before, X, code, arguments, seed, reuse) {
-  if (isFALSE(seed)) seed <- NULL
-  sameSeed <- if (isTRUE(seed)) !is.null(info$seed) else identical(as.double(seed), as.double(info$seed))
-  shown <- function(seed) if (is.null(seed)) "FALSE" else format(seed, scientific = FALSE)
-  now <- elementHashes(X)
-  same <- identical(before, now)
-  differs <- c(
-    changedParts(info$functions, code), changedParts(info$arguments, argumentHashes(arguments)),
-    if (!sameSeed) paste0("`.seed` was ", shown(info$seed), " and is ", shown(seed)),
-    if (!same && reuse == "all") changedElements(before, now)
-  )
-  if (length(differs)) {
-    abort(
-      "run_differs", "the run in ", dir, " was made by another call: ", paste(differs, collapse = "; "),
-      "; use another directory",
-      if (reuse == "all" && !same) ", or .reuse = \"same\" to keep the results of the elements that are the same",
-      fields = list(dir = dir, differs = differs)
-    )
-  }
+compareWith <- function(dir, info, before, X, code, arguments, seed, reuse) {
+  hashes <- elementHashes(X)
+  same <- identical(before, hashes)
+  now <- list(functions = code, arguments = argumentHashes(arguments), seed = seed)
+  refuseOther(dir, info, now, if (!same && reuse == "all") changedElements(before, hashes))
   !same
 }
 
@@ -201,20 +188,6 @@ refuseForeign <- function(given, fun) {
     if (name == "cl") hint <- "; startRun() makes its own cluster: use `spec`"
     badArgument(name, "is neither an argument of startRun() nor of `FUN`", hint)
   }
-}
-
-checkRetries <- function(retries) {
-  if (is.null(retries)) return(NULL)
-  between(retries, ".retries", "a whole number", 0, 1e6)
-  if (retries != trunc(retries)) badArgument(".retries", "must be a whole number")
-  retries
-}
-
-checkOrder <- function(order, n) {
-  if (is.null(order)) return(NULL)
-  whole <- is.numeric(order) && length(order) == n && isTRUE(all(sort(order, na.last = TRUE) == seq_len(n)))
-  if (!whole) badArgument(".order", "must contain each number from 1 to ", n, " once")
-  as.integer(order)
 }
 
 # Returns those of these names that a function finds in the global environment.
@@ -261,11 +234,7 @@ codeHashes <- function(FUN, export) {
 
 # Returns the absolute path of the directory of a run.
 runDirectory <- function(dir) {
-  dir <- plain(dir)
-  if (!is.character(dir) || length(dir) != 1L || !isText(dir) || !nzchar(dir)) {
-    badArgument("dir", "must be the path of a directory")
-  }
-  path <- path.expand(dir)
+  path <- path.expand(checkPath(plain(dir), "dir"))
   if (file.exists(path)) return(normalizePath(path))
   # The directory of a new run does not exist yet.
   parent <- dirname(path)

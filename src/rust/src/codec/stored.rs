@@ -60,12 +60,11 @@ fn front<const N: usize>(body: &mut Body) -> Option<[u8; N]> {
 }
 
 /// Returns the records of the results of a batch, each with its element, or `None` if they are damaged.
-pub fn items_of(results: &[u8], elements: &[u32]) -> Option<Vec<Item>> {
-    let mut body = Body::from_bytes(results.to_vec());
+pub fn items_of(mut results: Body, elements: &[u32]) -> Option<Vec<Item>> {
     let mut list = ListPayload::default();
     let mut items = Vec::new();
     for &element in elements {
-        let (stored, failed) = take_result(&mut body)?;
+        let (stored, failed) = take_result(&mut results)?;
         match stored {
             Stored::Plain(mut plain) => {
                 plain.join();
@@ -87,24 +86,21 @@ pub fn items_of(results: &[u8], elements: &[u32]) -> Option<Vec<Item>> {
 }
 
 /// Returns the results of a batch without the values, which are in the directory of the run. Errors stay.
-pub fn without_values(results: &[u8], count: usize) -> Option<Vec<u8>> {
-    let mut body = Body::from_bytes(results.to_vec());
+pub fn without_values(mut results: Body, count: usize) -> Option<Body> {
     let mut out = Vec::new();
     for _ in 0..count {
-        let before = body.clone();
-        let (_, failed) = take_result(&mut body)?;
+        let mut result = results.clone();
+        let (_, failed) = take_result(&mut results)?;
         if failed {
-            let mut result = before;
-            let result = result.split_front(result.len - body.len)?;
-            result
-                .chunks
-                .iter()
-                .for_each(|chunk| out.extend_from_slice(chunk));
+            let result = result.split_front(result.len - results.len)?;
+            for chunk in &result.chunks {
+                out.extend_from_slice(chunk);
+            }
         } else {
             out.extend_from_slice(&[batch::VALUE, batch::IN_RUN]);
         }
     }
-    Some(out)
+    Some(Body::from_bytes(out))
 }
 
 /// Appends a plain value to a list. Returns `None` if the bytes are damaged; the list is then unchanged.

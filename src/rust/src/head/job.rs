@@ -259,9 +259,7 @@ impl Job {
         if let Some(storing) = &codec.values.storing {
             let is_full = storing.writer.wait_for_room(SLICE);
             if let Some(reason) = storing.writer.error() {
-                return Err(Failure::new("run_write_failed")
-                    .with("reason", reason)
-                    .into());
+                return Err(store::write_failed(reason).into());
             }
             if is_full {
                 return Ok(false);
@@ -274,9 +272,7 @@ impl Job {
             (Some(storing), Ok(true)) => match storing.writer.wait_for_all(SLICE) {
                 Ok(durable) => Ok(durable),
                 Err(reason) => {
-                    return Err(Failure::new("run_write_failed")
-                        .with("reason", reason)
-                        .into());
+                    return Err(store::write_failed(reason).into());
                 }
             },
             (_, stepped) => stepped,

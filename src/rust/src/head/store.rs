@@ -4,13 +4,14 @@ use super::handle::SLICE;
 use super::values::{Keep, Saving, Storing, serialized};
 use crate::codec::stored::Stored;
 use crate::codec::stream::{self, Sink};
-use crate::r::failure::Failure;
+use crate::r::failure::{Failure, Value};
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
     INTEGER_ELT, LOGICAL_ELT, R_NilValue, REAL_ELT, Rf_duplicate, Rf_protect, Rf_unprotect,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
+use rustcluster_core::platform::detached;
 use rustcluster_core::platform::signals::without_file_size_signal;
 use rustcluster_core::store::lock::{Lock, Owner};
 use rustcluster_core::store::record::{Kind, RunId};
@@ -50,6 +51,11 @@ fn unreadable(error: &std::io::Error) -> Failure {
     Failure::new("run_unreadable").with("reason", error.to_string())
 }
 
+/// Returns the failure of a run whose results cannot be written.
+pub(super) fn write_failed(reason: impl Into<Value>) -> Failure {
+    Failure::new("run_write_failed").with("reason", reason)
+}
+
 fn locked(owner: Owner) -> Failure {
     let failure = Failure::new("run_locked").with("pid", owner.pid.map(|pid| pid as i32));
     match owner.host {
@@ -72,7 +78,7 @@ fn store_open(dir: &str, run: &str, elements: f64, owner: &str) -> Robj {
                 Ok(Err(owner)) => return Err(locked(owner)),
                 Err(error) => {
                     let reason = format!("cannot lock the directory: {error}");
-                    return Err(Failure::new("run_write_failed").with("reason", reason));
+                    return Err(write_failed(reason));
                 }
             },
         };
@@ -440,10 +446,8 @@ fn store_write(store: Robj, r_version: i32, interval: f64, waits: bool) -> Robj 
             interval: Duration::try_from_secs_f64(interval).unwrap_or_default(),
             waits,
         };
-        let failed = |error: std::io::Error| {
-            Failure::new("run_write_failed").with("reason", error.to_string())
-        };
-        let writer = Writer::start(&store.dir, settings).map_err(failed)?;
+        let writer = Writer::start(&store.dir, settings);
+        let writer = writer.map_err(|error| write_failed(error.to_string()))?;
         store.writer.replace(Some(Arc::new(writer)));
         Ok(().into())
     })
@@ -456,7 +460,7 @@ fn store_put(store: Robj, element: i32, value: Robj, failed: bool) -> Robj {
     with_store(&store, |store| {
         let writer = store.writer.borrow().clone();
         let Some(writer) = writer else {
-            return Err(Failure::new("run_write_failed").with("reason", "the run was closed"));
+            return Err(write_failed("the run was closed"));
         };
         let body = match serialized(&value) {
             Ok(body) => body,
@@ -476,11 +480,11 @@ fn store_room(store: Robj) -> Robj {
     with_store(&store, |store| {
         let writer = store.writer.borrow().clone();
         let Some(writer) = writer else {
-            return Err(Failure::new("run_write_failed").with("reason", "the run was closed"));
+            return Err(write_failed("the run was closed"));
         };
         let is_full = writer.wait_for_room(SLICE);
         match writer.error() {
-            Some(reason) => Err(Failure::new("run_write_failed").with("reason", reason)),
+            Some(reason) => Err(write_failed(reason)),
             None => Ok((!is_full).into()),
         }
     })
@@ -493,8 +497,7 @@ fn store_flush(store: Robj) -> Robj {
     with_store(&store, |store| {
         let writer = store.writer.borrow().clone();
         let flushed = writer.map_or(Ok(true), |writer| writer.wait_for_all(SLICE));
-        let flushed =
-            flushed.map_err(|reason| Failure::new("run_write_failed").with("reason", reason))?;
+        let flushed = flushed.map_err(write_failed)?;
         Ok(flushed.into())
     })
 }
@@ -508,6 +511,13 @@ fn store_trouble(store: Robj) -> Robj {
         let trouble = writer.as_ref().and_then(|writer| writer.trouble());
         Ok(trouble.unwrap_or_default().into())
     })
+}
+
+/// Renames a file, whose content and name then survive a crash of the machine.
+fn rename_durably(from: &Path, to: &Path) -> std::io::Result<()> {
+    detached::sync(from)?;
+    std::fs::rename(from, to)?;
+    detached::sync(to.parent().unwrap_or(Path::new(".")))
 }
 
 /// Writes a file: it has either its old content or these bytes. `durable`: whether also after a crash of the machine.
@@ -525,18 +535,14 @@ fn write_durably(bytes: Robj, path: &str, durable: bool) -> Robj {
         if !durable {
             return std::fs::rename(&new, path);
         }
-        file.sync_all()?;
-        std::fs::rename(&new, path)?;
-        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+        rename_durably(&new, path)
     };
     match write() {
         Ok(()) => ().into(),
         Err(error) => {
             // A file that was not written completely takes space that a full disk needs.
             let _ = std::fs::remove_file(&new);
-            Failure::new("run_write_failed")
-                .with("reason", error.to_string())
-                .into()
+            write_failed(error.to_string()).into()
         }
     }
 }
@@ -545,16 +551,9 @@ fn write_durably(bytes: Robj, path: &str, durable: bool) -> Robj {
 /// @noRd
 #[extendr]
 fn replace_durably(from: &str, to: &str) -> Robj {
-    let replace = || -> std::io::Result<()> {
-        File::open(from)?.sync_all()?;
-        std::fs::rename(from, to)?;
-        File::open(Path::new(to).parent().unwrap_or(Path::new(".")))?.sync_all()
-    };
-    match replace() {
+    match rename_durably(Path::new(from), Path::new(to)) {
         Ok(()) => ().into(),
-        Err(error) => Failure::new("run_write_failed")
-            .with("reason", error.to_string())
-            .into(),
+        Err(error) => write_failed(error.to_string()).into(),
     }
 }
 
@@ -596,7 +595,7 @@ pub(super) fn storing(
     }
     let writer = store_of(&pointer)?.writer.borrow().clone();
     let Some(writer) = writer else {
-        return Err(Failure::new("run_write_failed").with("reason", "the run was closed"));
+        return Err(write_failed("the run was closed"));
     };
     let ids = setting("ids");
     let ids = ids.as_integer_slice();
@@ -617,7 +616,7 @@ fn save_request(save: &Robj) -> std::result::Result<Option<SaveRequest>, Failure
     if save.is_null() {
         return Ok(None);
     }
-    let bad = || Failure::new("run_write_failed").with("reason", "the settings are damaged");
+    let bad = || write_failed("the settings are damaged");
     let all = save.as_list().ok_or_else(bad)?;
     let all: std::collections::HashMap<&str, Robj> = all.iter().collect();
     let text = |name: &str| {

@@ -282,14 +282,9 @@ impl Values {
 
     /// Makes room for this number of results, which `storing` stores.
     pub(super) fn with_results(self, count: usize, storing: Option<Storing>) -> Values {
-        let reads = storing
-            .as_ref()
-            .is_none_or(|storing| storing.keep != Keep::Never);
-        Values {
-            results: List::new(if reads { count } else { 0 }).into(),
-            storing,
-            ..self
-        }
+        let mut values = Values { storing, ..self };
+        values.results = List::new(if values.reads() { count } else { 0 }).into();
+        values
     }
 
     /// Records the results that have become durable as new ones.

@@ -48,8 +48,8 @@ thread_local! {
 
 fn with_saver<T>(request: &SaveRequest, body: impl FnOnce(&mut Saver) -> T) -> T {
     SAVER.with_borrow_mut(|saver| {
-        let mut current = saver.take().filter(|saver| saver.serves(request));
-        body(saver.insert(current.take().unwrap_or_else(|| Saver::new(request))))
+        let current = saver.take().filter(|saver| saver.serves(request));
+        body(saver.insert(current.unwrap_or_else(|| Saver::new(request))))
     })
 }
 
@@ -182,7 +182,7 @@ impl ReceivedBatch {
 
     /// Saves the complete results. Returns the head of the answer, and its results. The time that saving takes counts as
     /// that of reading: batches are so long that both take a small part of the time.
-    pub(super) fn save(&mut self) -> (Vec<u8>, Vec<u8>) {
+    pub(super) fn save(&mut self) -> (Vec<u8>, Body) {
         let (seconds, computed) = self.took();
         let began = Instant::now();
         let (prefix, results) = self.saved();
@@ -192,8 +192,9 @@ impl ReceivedBatch {
         (head, results)
     }
 
-    fn saved(&mut self) -> (Vec<u8>, Vec<u8>) {
-        let mut results = std::mem::take(&mut self.results);
+    fn saved(&mut self) -> (Vec<u8>, Body) {
+        // Copies of the body share its bytes.
+        let mut results = Body::from_bytes(std::mem::take(&mut self.results));
         let mut prefix = Vec::new();
         let Some(request) = &self.save else {
             return (prefix, results);
@@ -205,7 +206,7 @@ impl ReceivedBatch {
             .len()
             .saturating_sub(usize::from(self.interrupted));
         let complete = self.elements.get(..complete).unwrap_or_default();
-        let saved = match stored::items_of(&results, complete) {
+        let saved = match stored::items_of(results.clone(), complete) {
             Some(items) => with_saver(request, |saver| saver.save(&items)),
             None => Saved::Nowhere("the results cannot be stored".into()),
         };
@@ -213,10 +214,10 @@ impl ReceivedBatch {
             true => Saved::Nowhere(String::new()),
             false => saved,
         };
-        let is_needed = request.values || results.len() < SHORT;
+        let is_needed = request.values || results.len < SHORT;
         if saved == Saved::InRun && !is_needed {
             let count = self.elements.len();
-            results = stored::without_values(&results, count).unwrap_or(results);
+            results = stored::without_values(results.clone(), count).unwrap_or(results);
         }
         batch::put_saved(&saved, &mut prefix);
         (prefix, results)

@@ -452,7 +452,9 @@ unsafe fn end_batch(batch: &mut ReceivedBatch, sink: &mut AnswerSink, last: Opti
             }
             let (head, results) = batch.save();
             sink.write(&head);
-            sink.write(&results);
+            for chunk in &results.chunks {
+                sink.write(chunk);
+            }
             return;
         }
         batch.scratch.clear();

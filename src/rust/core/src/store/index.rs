@@ -24,17 +24,10 @@ pub enum State {
 
 /// Where a record is.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+struct Place {
     file: u32,
     offset: u64,
     head: RecordHead,
-}
-
-impl Place {
-    /// What the record is.
-    pub fn head(&self) -> &RecordHead {
-        &self.head
-    }
 }
 
 #[derive(Debug)]

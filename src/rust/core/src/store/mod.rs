@@ -17,7 +17,7 @@ mod list;
 mod output;
 mod writer;
 
-pub use index::{Index, Place, State, elements_of_file};
+pub use index::{Index, State, elements_of_file};
 pub use list::ListPayload;
 pub use output::{Item, Output, Series};
 pub use writer::{Writer, WriterSettings};
