@@ -43,9 +43,12 @@ foldersOf <- function(info) if (is.null(info$folders)) info$id else info$folders
 
 currentFolder <- function(info) foldersOf(info)[[length(foldersOf(info))]]
 
-# All results are durable here: removes what the hosts have.
+# Removes what the hosts have, if all results are durable here. A call that ended early leaves results that it has not
+# taken: the next call fetches them.
 endSaving <- function(store, cl) {
   flushStore(store)
+  refreshStore(store)
+  if (length(storeWhich(store, TRUE, FALSE))) return(invisible())
   unlink(file.path(store$dir, "probe"))
   for (folder in foldersOf(store$info)) {
     tryCatch(

@@ -79,6 +79,40 @@ test_that("an element that is cut off is missing, and not an error", {
   }
 })
 
+test_that("a call that stops at an error leaves on hosts what it has not taken", {
+  cl <- local_cluster(2)
+  saved <- tempfile("saved")
+  namespace <- asNamespace("rustcluster")
+  suppressMessages(trace("beginSaving", where = namespace, exit = quote(store$save$nonce <- "other"), print = FALSE))
+  on.exit(suppressMessages(untrace("beginSaving", where = namespace)), add = TRUE, after = FALSE)
+  gate <- tempfile("gate")
+  log <- tempfile("log")
+  fun <- strip_srcref(function(i, gate, log) {
+    if (!file.exists(gate)) {
+      if (i == 1L) {
+        # The other worker has saved its result by then.
+        Sys.sleep(0.5)
+        stop("first")
+      }
+      Sys.sleep(if (i == 2L) 0 else 20)
+    }
+    cat(paste0(i, "\n"), file = log, append = TRUE)
+    i
+  })
+  environment(fun) <- globalenv()
+  run <- tempfile("run")
+  call <- function(...) {
+    clusterLapply(cl, 1:4, fun, gate = gate, log = log, .store = run, .save = "hosts", .save_dir = saved,
+                  .timeout = 100, ...)
+  }
+  expect_error(call(.errors = "stop"), class = "rustcluster_element_failed")
+  expect_true(file.exists(file.path(run, "probe")))
+  file.create(gate)
+  expect_identical(call(), as.list(1:4))
+  expect_identical(sort(as.integer(readLines(log))), 1:4)
+  expect_length(list.files(saved, recursive = TRUE), 0L)
+})
+
 test_that("a view cannot be changed, and sees what has been computed since", {
   cl <- local_cluster(2)
   dir <- tempfile("run")
