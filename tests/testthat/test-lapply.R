@@ -104,6 +104,30 @@ test_that(".seed: random numbers do not depend on workers, order and worker fail
   expect_identical(run(other), want)
 })
 
+test_that("seeded elements leave the generator of a worker that has not drawn a number yet", {
+  pair <- cluster_pair(2)
+  clusterLapply(pair$rust, 1:20, function(i) runif(1), .seed = 1)
+  clusterLapply(pair$rust, 1:20, function(i) i, .seed = 1)
+  expect_identical(
+    clusterCall(pair$rust, function() exists(".Random.seed", globalenv())), list(FALSE, FALSE)
+  )
+  draw <- function() {
+    set.seed(7)
+    list(RNGkind(), runif(2), rnorm(2), sample(100, 2))
+  }
+  expect_identical(clusterCall(pair$rust, draw), clusterCall(pair$psock, draw))
+  # With kinds of its own, and no state.
+  other <- function() {
+    suppressWarnings(RNGkind("Wichmann-Hill", "Box-Muller", "Rounding"))
+    rm(".Random.seed", envir = globalenv())
+  }
+  clusterCall(pair$rust, other)
+  clusterCall(pair$psock, other)
+  clusterLapply(pair$rust, 1:20, function(i) runif(1), .seed = 1)
+  expect_identical(clusterCall(pair$rust, draw), clusterCall(pair$psock, draw))
+  for (cl in pair) clusterCall(cl, RNGkind, "default", "default", "default")
+})
+
 test_that(".seed leaves the generators of the session and of the workers alone", {
   cl <- local_cluster(2)
   psock <- cluster_pair(2)$psock

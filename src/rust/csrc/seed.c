@@ -56,8 +56,25 @@ static void set_state(SEXP seed)
     remember(seed);
 }
 
-/* A preserved list of this worker's own state while it runs a reassigned task, which uses the state of another
- * worker; NULL at other times. */
+/* Calls RNGkind(), with the kinds of an earlier call or, to read them, with none. Returns the kinds before, as three
+ * strings, unprotected. R may jump. */
+static SEXP call_rngkind(SEXP kinds)
+{
+    SEXP call = PROTECT(Rf_lang1(Rf_install("RNGkind")));
+
+    if (kinds != R_NilValue)
+        for (R_xlen_t i = XLENGTH(kinds) - 1; i >= 0; i--)
+            SETCDR(call, Rf_cons(Rf_ScalarString(STRING_ELT(kinds, i)), CDR(call)));
+    /* R warns about some kinds. */
+    call = PROTECT(Rf_lang2(Rf_install("suppressWarnings"), call));
+    SEXP before = Rf_eval(call, R_BaseEnv);
+    UNPROTECT(2);
+    return before;
+}
+
+/* A preserved list of this worker's own state, while it uses that of another worker or of an element; NULL at other
+ * times. The tag of the list is the kinds of generators if there is no state: R keeps them elsewhere then, and a state
+ * that is set replaces them. */
 static SEXP own = NULL;
 
 /* Sets the state to `count` integers, or to no state if `count` is 0. `reassigned`: whether the state is that of
@@ -72,9 +89,12 @@ void rustcluster_set_seed(const void *values, int count, int reassigned)
     }
     PROTECT(seed);
     if (reassigned && !own) {
-        SEXP saved = Rf_list1(current_state());
+        SEXP saved = PROTECT(Rf_list1(current_state()));
+        if (CAR(saved) == R_NilValue)
+            SET_TAG(saved, call_rngkind(R_NilValue));
         R_PreserveObject(saved);
         own = saved;
+        UNPROTECT(1);
     }
     set_state(seed);
     UNPROTECT(1);
@@ -91,6 +111,8 @@ void rustcluster_own_seed(void)
 {
     if (!own)
         return;
+    if (TAG(own) != R_NilValue)
+        call_rngkind(TAG(own));
     set_state(CAR(own));
     R_ReleaseObject(own);
     own = NULL;
