@@ -548,3 +548,10 @@ poison <- global(function(i, bad) {
   }
   i * 10
 })
+
+# A host that does not see the folder `hidden`: an empty file system is mounted there in a namespace of its own.
+hides <- function(hidden, workers = 2L) {
+  script <- paste0("mount -t tmpfs none '", hidden, "' && exec \"$@\"")
+  commandLauncher(c("unshare", "-rm", "sh", "-c", script, "sh"), workers = workers, host = "apart",
+                  rscript = file.path(R.home("bin"), "Rscript"))
+}

@@ -2,13 +2,6 @@
 
 files_of <- function(dir) list.files(dir, recursive = TRUE)
 
-# A host that does not see the folder `hidden`: an empty file system is mounted there in a namespace of its own.
-hides <- function(hidden, workers = 2L) {
-  script <- paste0("mount -t tmpfs none '", hidden, "' && exec \"$@\"")
-  commandLauncher(c("unshare", "-rm", "sh", "-c", script, "sh"), workers = workers, host = "apart",
-                  rscript = file.path(R.home("bin"), "Rscript"))
-}
-
 skip_without_namespaces <- function() {
   skip_if(system("unshare -rm true 2>/dev/null") != 0, "no mount namespaces")
 }
