@@ -92,7 +92,7 @@ start_session <- function(way, paths, spec, options, .frame) {
     agents = child_pids(child, "agents"), ended = function() !is.na(child_status(child)),
     wait = function() {
       child_wait_end(child, 120)
-      on.exit(end_child(child))
+      on.exit(end_child(child), add = TRUE, after = FALSE)
       child_said(child, "error")
     }
   )
