@@ -83,7 +83,11 @@ start_session <- function(way, paths, spec, options, .frame) {
         NULL
       }
     )
-    if (!is.null(got)) saveRDS(got, paths$out)
+    if (!is.null(got)) {
+      # The session may be killed while it writes.
+      saveRDS(got, paste0(paths$out, ".part"))
+      file.rename(paste0(paths$out, ".part"), paths$out)
+    }
     suppressWarnings(stopCluster(cl))
   }, values = list(paths = paths, n = elements, work = work, spec = spec, options = options), .frame = .frame)
   child_wait_for(child, "agents")
