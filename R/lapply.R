@@ -51,7 +51,8 @@
 #'   `TRUE`.
 #' @param .sync (number) The least time (seconds) between two calls of `fdatasync()`, which make all results durable
 #'   that have come meanwhile. Default: 0.1. Use a longer time for many short elements on a slow disk.
-#' @param .save (character) Where a result is saved first. `"head"`, the default: in `.store`, by this session.
+#' @param .save (character) Where a result is saved first. `"head"`, the default: in `.store`, by this session, or by
+#'   the worker if it sees the directory and its results take 1 MB or more.
 #'   `"hosts"`: on the host of the worker, before the worker reports it: see section Stored results.
 #' @param .save_dir (character) With `.save = "hosts"`: the directory on the hosts. Default: `rustcluster/results` in
 #'   the user's cache, `~/.cache` or `XDG_CACHE_HOME`.
@@ -134,6 +135,8 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
     lingers <- any(vapply(parts, function(part) !is.null(part$handle$linger), NA))
     if (.save == "hosts" || lingers) {
       beginSaving(store, cl, .save_dir, values = !is.null(.onResult), durable = .save == "hosts")
+    } else if (is.null(.onResult)) {
+      askToSave(store, "session", least = longAnswer)
     }
     saved <- if (.collect) savedResults(store)
     store$keep <- if (.collect) "always" else if (is.null(.onResult) && .errors != "stop") "never" else "until_reported"

@@ -16,14 +16,25 @@ checkSaveDir <- function(dir, argument) {
   if (!valid) badArgument(argument, "must be an absolute path, or one that starts with \"~/\"")
 }
 
+# Answers of this size are written by workers that see the directory of the run, instead of by this session: the workers
+# write at the same time, and the bytes are not copied between processes.
+longAnswer <- 2^20
+
 # Fetches what the hosts have, and asks the workers to save. `values`: whether this session needs all results as they
 # arrive. `durable`: whether results have to survive a crash of the host.
 beginSaving <- function(store, cl, dir, values, durable) {
   dir <- if (is.null(dir)) "" else dir
   fetched <- sum(vapply(foldersOf(store$info), function(folder) fetchSaved(store, cl, dir, folder), 0L))
   if (fetched) findMissing(store)
+  askToSave(store, "probe", dir, values, durable)
+}
+
+# Asks the workers to save answers of at least `least` bytes. `probe`: the file by which they find that they see the
+# directory of the run.
+askToSave <- function(store, probe, dir = "", values = FALSE, durable = TRUE, least = 0) {
   nonce <- randomText(16L)
-  probe <- file.path(store$dir, "probe")
+  name <- probe
+  probe <- file.path(store$dir, name)
   written <- tryCatch({
     # No line end: workers compare the whole file.
     cat(nonce, file = probe)
@@ -33,10 +44,12 @@ beginSaving <- function(store, cl, dir, values, durable) {
   store$trouble <- ""
   store$save <- list(
     run = store$info$id, folder = currentFolder(store$info), host_dir = dir, run_dir = normalizePath(store$dir),
-    nonce = nonce,
-    r_version = rVersionNumber(), durable = durable, values = values
+    probe = name, nonce = nonce, r_version = rVersionNumber(), durable = durable, values = values, least = least
   )
 }
+
+# Whether workers save nothing but what this session would write.
+savesForHead <- function(store) isTRUE(store$save$least > 0)
 
 # Returns the names of the folders of hosts that may have results of a run.
 foldersOf <- function(info) if (is.null(info$folders)) info$id else info$folders
@@ -46,6 +59,7 @@ currentFolder <- function(info) foldersOf(info)[[length(foldersOf(info))]]
 # Removes what the hosts have, if all results are durable here. A call that ended early leaves results that it has not
 # taken: the next call fetches them.
 endSaving <- function(store, cl) {
+  if (savesForHead(store)) return(invisible())
   flushStore(store)
   refreshStore(store)
   if (length(storeWhich(store, TRUE, FALSE))) return(invisible())

@@ -5,7 +5,7 @@ runFormat <- 1L
 
 # Files that a directory may have before it has a run.
 ownFiles <- c(
-  "lock", "probe", "results", "run.rds.new", "elements.rds", "elements.rds.new", "task.rds", "log", "runner"
+  "lock", "probe", "session", "results", "run.rds.new", "elements.rds", "elements.rds.new", "task.rds", "log", "runner"
 )
 
 # Returns a path, if it is one.
@@ -201,6 +201,7 @@ storeLocked <- function(dir) checkedStore(store_owner(dir), dir)
 
 # Ends writing and releases the lock.
 closeStore <- function(store) {
+  if (savesForHead(store)) unlink(file.path(store$dir, store$save$probe))
   store_close(store$pointer)
   invisible()
 }

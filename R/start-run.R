@@ -293,7 +293,7 @@ removeOldRun <- function(dir) {
     if (counts[["done"]] + counts[["failed"]] > 0) return(invisible())
   }
   # In this order: no description of a run is without its elements.
-  for (name in c("results", "run.rds", "elements.rds", "damaged", "probe")) {
+  for (name in c("results", "run.rds", "elements.rds", "damaged", "probe", "session")) {
     unlink(file.path(dir, name), recursive = TRUE)
   }
   unlink(runnerFile(dir, "timeline.rds"))

@@ -46,11 +46,11 @@ work <- function(i, log) {
 }
 environment(work) <- globalenv()
 
-# How a run is computed: by sessions with local workers, with workers over ssh, or with workers whose host does not see the
-# directory of the run and saves results; or by runners.
+# How a run is computed: by sessions with local workers, with workers over ssh, or with workers that save results:
+# their host does not see the directory of the run, or does; or by runners.
 ways <- function(ssh) {
   separate <- system("unshare -rm true 2>/dev/null") == 0
-  c("local", if (!is.null(ssh)) "ssh", if (separate) "hosts", "runner")
+  c("local", if (!is.null(ssh)) "ssh", if (separate) "hosts", "seen", "runner")
 }
 
 # The kinds of cuts that a way to compute allows.
@@ -59,7 +59,7 @@ cuts_of <- function(way) {
   switch(way,
     local = c("head", "tail", "worker", "agent", disk),
     ssh = c("head", "tail", "worker", "agent", disk, "link"),
-    hosts = c("head", "worker", "agent", disk),
+    hosts = , seen = c("head", "worker", "agent", disk),
     runner = c("runner", "worker", disk)
   )
 }
@@ -162,7 +162,7 @@ test_that("no cut loses, changes or repeats a result that was durable", {
       hosts = list(hides(paths$hidden, 4L)),
       list(4)
     )
-    options <- if (way == "hosts") list(.save = "hosts", .save_dir = paths$saved)
+    options <- if (way %in% c("hosts", "seen")) list(.save = "hosts", .save_dir = paths$saved)
     process <- if (way == "runner") start_runner(paths, frame) else start_session(way, paths, spec, options, frame)
     note_pids(process$pids)
     possible <- cuts_of(way)
@@ -183,7 +183,7 @@ test_that("no cut loses, changes or repeats a result that was durable", {
         disk = {
           limit_files(sprintf("%.0f:", 3e5 + sample.int(3e5, 1L)))
           # Results wait on the hosts until the disk takes them again.
-          if (way == "hosts") {
+          if (way %in% c("hosts", "seen")) {
             Sys.sleep(0.5)
             limit_files("unlimited")
           }
@@ -204,7 +204,7 @@ test_that("no cut loses, changes or repeats a result that was durable", {
       lines <- readLines(paths$log)
       tear(paths$run, as.integer(sub("r ", "", grep("^r", lines, value = TRUE))))
     }
-    if (way == "runner") note_durable(paths, list.files(file.path(paths$run, "results"), "[.]rcr$", full.names = TRUE))
+    if (way %in% c("runner", "seen")) note_durable(paths, list.files(file.path(paths$run, "results"), "[.]rcr$", full.names = TRUE))
     if (way == "hosts") note_durable(paths, list.files(paths$saved, "[.]rcr$", full.names = TRUE, recursive = TRUE))
   }
   runs <- 0L

@@ -48,6 +48,33 @@ test_that("workers that see the directory write their results there", {
   expect_identical(lapply(seen, `[[`, 1L), want)
 })
 
+test_that("long results are written by workers that see the directory, without being asked", {
+  cl <- local_cluster(3)
+  dir <- tempfile("run")
+  long <- function(i) if (i %% 3L == 0L) numeric(2e5) + i else i
+  environment(long) <- globalenv()
+  want <- lapply(1:20, long)
+  values <- clusterLapply(cl, 1:20, long, .store = dir, .timeout = 60)
+  expect_identical(values, want)
+  files <- files_of(file.path(dir, "results"))
+  expect_true(any(startsWith(files, "w")) && any(startsWith(files, "0")))
+  expect_false(any(c("session", "probe") %in% files_of(dir)))
+  expect_identical(as.list(clusterLapply(cl, 1:20, long, .store = dir, .collect = FALSE)), want)
+  # A session that needs the results as they arrive writes them itself.
+  other <- tempfile("run")
+  seen <- list()
+  values <- clusterLapply(cl, 1:20, long, .store = other, .onResult = function(i, value) seen[[i]] <<- value)
+  expect_identical(list(values, seen), list(want, want))
+  expect_identical(files_of(file.path(other, "results")), "000001.rcr")
+  # A call that fails leaves its other results.
+  failing <- tempfile("run")
+  broken <- function(i) if (i == 20L) stop("no") else numeric(2e5) + i
+  expect_error(clusterLapply(cl, 1:20, broken, .store = failing), "no", class = "rustcluster_element_failed")
+  expect_false("session" %in% files_of(failing))
+  view <- suppressWarnings(clusterLapply(cl, 1:20, broken, .store = failing, .errors = "return"))
+  expect_identical(view[1:19], lapply(1:19, function(i) numeric(2e5) + i))
+})
+
 test_that("errors and lost workers are saved, too, and tried again", {
   cl <- local_cluster(2)
   dir <- tempfile("run")

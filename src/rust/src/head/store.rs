@@ -610,8 +610,8 @@ pub(super) fn storing(
     Ok(Some(storing))
 }
 
-/// Returns how workers save their results. `save`: `NULL`, or a list of the strings `run`, `folder`, `host_dir`, `run_dir`
-/// and `nonce`, the integer `r_version`, and the flags `durable` and `values`: see [`SaveRequest`].
+/// Returns how workers save their results. `save`: `NULL`, or a list of the strings `run`, `folder`, `host_dir`, `run_dir`,
+/// `probe` and `nonce`, the numbers `r_version` and `least`, and the flags `durable` and `values`: see [`SaveRequest`].
 fn save_request(save: &Robj) -> std::result::Result<Option<SaveRequest>, Failure> {
     if save.is_null() {
         return Ok(None);
@@ -629,6 +629,7 @@ fn save_request(save: &Robj) -> std::result::Result<Option<SaveRequest>, Failure
         folder: text("folder")?,
         host_dir: text("host_dir")?,
         run_dir: text("run_dir")?,
+        probe: text("probe")?,
         nonce: text("nonce")?,
         r_version: all
             .get("r_version")
@@ -636,6 +637,10 @@ fn save_request(save: &Robj) -> std::result::Result<Option<SaveRequest>, Failure
             .map_or(0, |version| version as u32),
         durable: flag("durable"),
         values: flag("values"),
+        least: all
+            .get("least")
+            .and_then(Robj::as_real)
+            .map_or(0, |least| least as u64),
         remove: Vec::new(),
     }))
 }

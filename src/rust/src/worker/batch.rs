@@ -206,7 +206,9 @@ impl ReceivedBatch {
             .len()
             .saturating_sub(usize::from(self.interrupted));
         let complete = self.elements.get(..complete).unwrap_or_default();
+        let is_short = (results.len as u64) < request.least;
         let saved = match stored::items_of(results.clone(), complete) {
+            _ if is_short => Saved::Nowhere(String::new()),
             Some(items) => with_saver(request, |saver| saver.save(&items)),
             None => Saved::Nowhere("the results cannot be stored".into()),
         };

@@ -14,9 +14,6 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// The file in the directory of a run by which a worker finds that it sees the directory: it has the nonce of the job.
-pub const PROBE: &str = "probe";
-
 /// Where a worker saves its results. Part of each message.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SaveRequest {
@@ -28,7 +25,9 @@ pub struct SaveRequest {
     pub host_dir: String,
     /// The directory of the run, as the head names it.
     pub run_dir: String,
-    /// The content of [`PROBE`].
+    /// The name of the file in the directory of the run by which a worker finds that it sees the directory.
+    pub probe: String,
+    /// The content of that file.
     pub nonce: String,
     /// The version of R, as `R_VERSION` of its C API.
     pub r_version: u32,
@@ -36,6 +35,9 @@ pub struct SaveRequest {
     pub durable: bool,
     /// Whether the head needs all results in the answers.
     pub values: bool,
+    /// Only answers with at least this number of bytes are saved, and only in the directory of the run, where the head
+    /// would write them otherwise. 0: all answers are saved, on the host if need be.
+    pub least: u64,
     /// Files of the host that are no longer needed.
     pub remove: Vec<String>,
 }
@@ -47,16 +49,19 @@ impl SaveRequest {
     pub fn encode(&self) -> Vec<u8> {
         let run = String::from_utf8_lossy(&self.run);
         let version = self.r_version.to_string();
+        let least = self.least.to_string();
         let flag = |is: bool| if is { "1" } else { "0" };
         let mut fields = vec![
             &*run,
             &self.folder,
             &self.host_dir,
             &self.run_dir,
+            &self.probe,
             &self.nonce,
             &version,
             flag(self.durable),
             flag(self.values),
+            &least,
         ];
         fields.extend(self.remove.iter().map(String::as_str));
         fields.join("\0").into_bytes()
@@ -71,10 +76,12 @@ impl SaveRequest {
             folder: fields.next()?.to_owned(),
             host_dir: fields.next()?.to_owned(),
             run_dir: fields.next()?.to_owned(),
+            probe: fields.next()?.to_owned(),
             nonce: fields.next()?.to_owned(),
             r_version: fields.next()?.parse().ok()?,
             durable: fields.next()? == "1",
             values: fields.next()? == "1",
+            least: fields.next()?.parse().ok()?,
             remove: fields.map(str::to_owned).collect(),
         })
     }
@@ -138,7 +145,7 @@ pub struct Saver {
 impl Saver {
     /// Creates a saver for this request.
     pub fn new(request: &SaveRequest) -> Saver {
-        let probe = Path::new(&request.run_dir).join(PROBE);
+        let probe = Path::new(&request.run_dir).join(&request.probe);
         let sees_run = fs::read_to_string(probe).is_ok_and(|found| found == request.nonce);
         // Pids repeat, on other hosts and after a while.
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
@@ -170,8 +177,12 @@ impl Saver {
         self.pid == std::process::id() && request.is_like(&self.request)
     }
 
-    /// Saves results.
+    /// Saves the results of an answer.
     pub fn save(&mut self, items: &[Item]) -> Saved {
+        let is_optional = self.request.least > 0;
+        if is_optional && matches!(self.place, Place::OnHost { .. }) {
+            return Saved::Nowhere(String::new());
+        }
         let saved = match &mut self.place {
             Place::InRun(series, output) => append(series, output, items).map(|()| Saved::InRun),
             Place::OnHost { series, count } => {
@@ -179,7 +190,15 @@ impl Saver {
                 write_alone(series, *count, items).map(Saved::OnHost)
             }
         };
-        saved.unwrap_or_else(|error| Saved::Nowhere(error.to_string()))
+        saved.unwrap_or_else(|error| {
+            // The head will say why it cannot write them either.
+            let reason = if is_optional {
+                String::new()
+            } else {
+                error.to_string()
+            };
+            Saved::Nowhere(reason)
+        })
     }
 
     /// Removes files that are no longer needed.

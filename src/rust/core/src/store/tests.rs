@@ -261,7 +261,7 @@ proptest! {
 }
 
 mod saving {
-    use super::super::save::{PROBE, SaveRequest, Saved, Saver};
+    use super::super::save::{SaveRequest, Saved, Saver};
     use super::super::{Item, elements_of_file};
     use super::*;
 
@@ -271,10 +271,12 @@ mod saving {
             folder: "folder".into(),
             host_dir: dir.0.join("host").to_string_lossy().into_owned(),
             run_dir: dir.0.to_string_lossy().into_owned(),
+            probe: "probe".into(),
             nonce: nonce.into(),
             r_version: 4 << 16,
             durable: true,
             values: false,
+            least: 0,
             remove: vec!["a.rcr".into(), "b.rcr".into()],
         }
     }
@@ -297,7 +299,7 @@ mod saving {
         );
         request.remove.clear();
         assert_eq!(SaveRequest::decode(&request.encode()), Some(request));
-        for bytes in [&b""[..], b"\xff", b"short\0f\0a\0b\0c\0x\0y"] {
+        for bytes in [&b""[..], b"\xff", b"short\0f\0a\0b\0p\0c\0x\0y"] {
             assert_eq!(SaveRequest::decode(bytes), None);
         }
         for saved in [
@@ -311,10 +313,27 @@ mod saving {
     }
 
     #[test]
+    fn a_worker_saves_for_the_head_only_where_the_head_would_write() {
+        let dir = Dir::new();
+        fs::create_dir_all(dir.0.join(RESULTS)).unwrap();
+        fs::write(dir.0.join("probe"), "nonce").unwrap();
+        let request = |nonce| SaveRequest {
+            least: 1,
+            ..request(&dir, nonce)
+        };
+        assert_eq!(Saver::new(&request("nonce")).save(&[item(1)]), Saved::InRun);
+        let nowhere = Saved::Nowhere(String::new());
+        assert_eq!(Saver::new(&request("other")).save(&[item(2)]), nowhere);
+        assert!(!dir.0.join("host").exists());
+        fs::remove_dir_all(dir.0.join(RESULTS)).unwrap();
+        assert_eq!(Saver::new(&request("nonce")).save(&[item(3)]), nowhere);
+    }
+
+    #[test]
     fn a_worker_that_sees_the_run_appends_to_it() {
         let dir = Dir::new();
         fs::create_dir_all(dir.0.join(RESULTS)).unwrap();
-        fs::write(dir.0.join(PROBE), "nonce").unwrap();
+        fs::write(dir.0.join("probe"), "nonce").unwrap();
         let mut saver = Saver::new(&request(&dir, "nonce"));
         assert!(saver.serves(&request(&dir, "nonce")) && !saver.serves(&request(&dir, "other")));
         for element in [1, 2, 5] {
@@ -329,7 +348,7 @@ mod saving {
     fn any_other_worker_writes_files_that_the_head_removes() {
         let dir = Dir::new();
         // Another directory with the same path has another probe.
-        fs::write(dir.0.join(PROBE), "other").unwrap();
+        fs::write(dir.0.join("probe"), "other").unwrap();
         let mut request = request(&dir, "nonce");
         let mut saver = Saver::new(&request);
         let folder = dir.0.join("host").join("folder");
