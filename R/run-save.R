@@ -65,18 +65,33 @@ endSaving <- function(store, cl) {
   if (length(storeWhich(store, TRUE, FALSE))) return(invisible())
   unlink(file.path(store$dir, "probe"))
   for (folder in foldersOf(store$info)) {
-    tryCatch(
-      onHosts(cl, removeSaved, store$save$host_dir, folder),
-      rustcluster_host_failed = identity, rustcluster_worker_lost = identity
-    )
+    forEachHost(cl, function(node) onNodes(node, removeSaved, store$save$host_dir, folder))
   }
   invisible()
 }
 
-# Returns the values of a function on one worker of each host that is up, in the order of the hosts.
-onHosts <- function(cl, fun, ...) {
-  nodes <- hostNodes(cl)
-  if (length(nodes)) onNodes(nodes, fun, ...)
+# How many workers of a host are tried, one after the other, when they are lost.
+hostAttempts <- 5L
+
+# Calls a function with one node of each host that is up. If the worker of the node is lost meanwhile, the function is
+# called again with another node of the host. Nothing happens for a host that is lost.
+forEachHost <- function(cl, fun) {
+  for (host in hostKeysOf(hostNodes(cl))) {
+    for (attempt in seq_len(hostAttempts)) {
+      nodes <- hostNodes(cl)
+      node <- nodes[hostKeysOf(nodes) == host]
+      if (!length(node)) break
+      # Warnings have these classes, too: about workers that are replaced.
+      lost <- tryCatch({
+        fun(node)
+        FALSE
+      }, error = function(e) {
+        if (!inherits(e, c("rustcluster_host_failed", "rustcluster_worker_lost"))) stop(e)
+        inherits(e, "rustcluster_worker_lost")
+      })
+      if (!lost) break
+    }
+  }
 }
 
 # Calls a function once on each node. Unlike a call of clusterCall(), it is not repeated when a worker is replaced.
@@ -89,7 +104,12 @@ hostNodes <- function(cl) {
   up <- clusterAlive(cl)
   if (!length(up)) return(up)
   up <- up[order(clusterStatus(up, memory = FALSE)$state != "idle")]
-  up[!duplicated(vapply(up, function(node) paste(node$handle$id, node$handle$owner[[node$rank]]), ""))]
+  up[!duplicated(hostKeysOf(up))]
+}
+
+# Returns a text for the host of each node.
+hostKeysOf <- function(nodes) {
+  vapply(nodes, function(node) paste(node$handle$id, node$handle$owner[[node$rank]]), "")
 }
 
 # Fetches the files of a run from the hosts, and removes them there. Files with elements that the run has are not
@@ -98,47 +118,51 @@ fetchSaved <- function(store, cl, dir, folder) {
   count <- 0L
   dir.create(file.path(store$dir, "results"), showWarnings = FALSE)
   states <- checkedStore(store_states(storePointer(store)), store$dir)
-  fetch <- function(node) {
+  forEachHost(cl, function(node) {
     for (file in onNodes(node, listSaved, dir, folder, store$info$id)[[1L]]) {
       to <- file.path(store$dir, "results", file$name)
       if (!file.exists(to) && any(states[file$elements] != 1L, na.rm = TRUE)) {
-        fetchFile(store, node, dir, folder, file$name, file$size, to)
+        fetchFile(store, node, dir, folder, file, to)
         count <<- count + 1L
       }
       onNodes(node, removeSaved, dir, folder, file$name)
     }
-  }
-  # A host that is lost now keeps its files.
-  nodes <- hostNodes(cl)
-  for (i in seq_along(nodes)) {
-    tryCatch(fetch(nodes[i]), rustcluster_host_failed = identity, rustcluster_worker_lost = identity)
-  }
+  })
   if (count) {
     checkedStore(store_refresh(store$pointer, as.double(store$info$elements), TRUE), store$dir)
   }
   count
 }
 
-fetchFile <- function(store, node, dir, folder, name, size, to) {
+# Fetches a file of a host, as listSaved() returns it. The file is in the run only once it is complete there: what a
+# full disk has cut off is an error, and the host keeps its file.
+fetchFile <- function(store, node, dir, folder, file, to) {
   part <- paste0(to, ".part")
-  complain <- function(e) {
-    abort("run_write_failed", "cannot write ", part, ": ", conditionMessage(e), fields = list(dir = store$dir))
+  on.exit(unlink(part))
+  failed <- function(...) {
+    abort("run_write_failed", "cannot write ", part, ": ", ..., fields = list(dir = store$dir))
   }
-  tryCatch({
-    out <- file(part, "wb")
-    on.exit(close(out))
-  }, error = complain, warning = complain)
+  tryCatch(writePieces(part, function(from) {
+    size <- min(savedPiece, file$size - from)
+    if (size > 0) onNodes(node, readSaved, dir, folder, file$name, from, size)[[1L]]
+  }), rustcluster_unwritten = function(e) failed(conditionMessage(e)))
+  if (!identical(file_elements(part, store$info$id), file$elements)) {
+    failed("it differs from the file of the host; is the disk full?")
+  }
+  checkedStore(replace_durably(part, to), store$dir)
+}
+
+# Writes what `piece` returns for the offset of each piece, until it returns nothing.
+writePieces <- function(path, piece) {
+  unwritten <- function(e) stop(errorCondition(conditionMessage(e), class = "rustcluster_unwritten"))
+  write <- function(expr) tryCatch(expr, error = unwritten, warning = unwritten)
+  out <- write(file(path, "wb"))
+  on.exit(close(out))
   from <- 0
-  while (from < size) {
-    bytes <- onNodes(node, readSaved, dir, folder, name, from, min(savedPiece, size - from))[[1L]]
-    if (!length(bytes)) break
-    tryCatch(writeBin(bytes, out), error = complain, warning = complain)
+  while (length(bytes <- piece(from))) {
+    write(writeBin(bytes, out))
     from <- from + length(bytes)
   }
-  tryCatch(flush(out), error = complain, warning = complain)
-  on.exit()
-  tryCatch(close(out), error = complain, warning = complain)
-  checkedStore(replace_durably(part, to), store$dir)
 }
 
 # Says once why results cannot be written, and again when they can.

@@ -146,11 +146,10 @@ test_that("results survive the head that did not get them", {
   expect_true(wait_until(function() length(computed(dirs$log)) > 5L, 30))
   # A head that is stopped gets no result. Files that are there by then may hold only results that it has got before.
   child_signal(child, 19L)
-  expect_true(wait_until(function() grepl(" T ", readLines(sprintf("/proc/%d/stat", child$pid))), 30))
-  got <- files_of(dirs$saved)
+  id <- readRDS(file.path(dirs$run, "run.rds"))$id
+  elements_in <- function(dir) unlist(lapply(file.path(dir, files_of(dir)), rustcluster:::file_elements, id))
   expect_true(wait_until(function() {
-    new <- file.path(dirs$saved, setdiff(files_of(dirs$saved), got))
-    any(vapply(new, function(path) length(rustcluster:::file_elements(path, readRDS(file.path(dirs$run, "run.rds"))$id)) > 0L, NA))
+    length(setdiff(elements_in(dirs$saved), elements_in(file.path(dirs$run, "results")))) > 0L
   }, 30))
   child_signal(child, tools::SIGKILL)
   expect_gone(pids)
@@ -167,6 +166,33 @@ test_that("results survive the head that did not get them", {
   twice <- unique(twice[duplicated(twice)])
   expect_lte(length(setdiff(twice, utils::tail(done, 40L))), 0L)
   expect_lt(length(twice), 40L)
+})
+
+test_that("files of hosts are fetched whatever happens to workers meanwhile", {
+  use <- function(cl, kill) {
+    done <- 0L
+    attempts <- 0L
+    warned <- FALSE
+    withCallingHandlers(rustcluster:::forEachHost(cl, function(node) {
+      attempts <<- attempts + 1L
+      if (attempts == 1L) kill(cl, node)
+      until <- proc.time()[[3L]] + 30
+      while (!warned && proc.time()[[3L]] < until) rustcluster:::onNodes(node, Sys.sleep, 0.01)
+      done <<- done + 1L
+    }), rustcluster_worker_lost = function(e) {
+      warned <<- TRUE
+      if (inherits(e, "warning")) invokeRestart("muffleWarning")
+    })
+    c(attempts, done)
+  }
+  other <- function(cl, node) tools::pskill(setdiff(clusterPids(cl), clusterPids(node))[[1L]], tools::SIGKILL)
+  own <- function(cl, node) tools::pskill(clusterPids(node), tools::SIGKILL)
+  cl <- local_cluster(2)
+  # The worker of the node itself is replaced, and the task repeated.
+  for (kill in list(other, own)) expect_identical(use(cl, kill), c(1L, 1L))
+  cl <- local_cluster(2, retries = 0)
+  expect_identical(use(cl, other), c(1L, 1L))
+  expect_identical(use(cl, own), c(2L, 1L))
 })
 
 test_that("results wait on the hosts while the disk of the head is full", {

@@ -158,7 +158,10 @@ impl Storing {
         saved: Option<Saved>,
         results: Vec<(usize, Stored, bool)>,
     ) {
-        let elements: Vec<u32> = results.iter().map(|one| self.element(one.0)).collect();
+        let elements: Vec<u32> = match saved {
+            Some(Saved::OnHost(_)) => results.iter().map(|one| self.element(one.0)).collect(),
+            _ => Vec::new(),
+        };
         if let (Some(saving), Some(saved)) = (&mut self.saving, saved) {
             match saved {
                 Saved::InRun => {
@@ -298,8 +301,10 @@ impl Values {
         if let Some(saving) = &mut storing.saving {
             let in_run = saving.in_run.drain(..);
             self.fresh.extend(in_run.map(|task| task as i32 + 1));
-            for element in durable {
-                saving.note_durable(element);
+            if !saving.file_of.is_empty() {
+                durable
+                    .into_iter()
+                    .for_each(|element| saving.note_durable(element));
             }
         }
     }

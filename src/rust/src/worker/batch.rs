@@ -207,10 +207,11 @@ impl ReceivedBatch {
             .saturating_sub(usize::from(self.interrupted));
         let complete = self.elements.get(..complete).unwrap_or_default();
         let is_short = (results.len as u64) < request.least;
-        let saved = match stored::items_of(results.clone(), complete) {
-            _ if is_short => Saved::Nowhere(String::new()),
-            Some(items) => with_saver(request, |saver| saver.save(&items)),
-            None => Saved::Nowhere("the results cannot be stored".into()),
+        let items = (!is_short).then(|| stored::items_of(results.clone(), complete));
+        let saved = match items {
+            None => Saved::Nowhere(String::new()),
+            Some(Some(items)) => with_saver(request, |saver| saver.save(&items)),
+            Some(None) => Saved::Nowhere("the results cannot be stored".into()),
         };
         let saved = match self.interrupted {
             true => Saved::Nowhere(String::new()),

@@ -30,6 +30,12 @@ struct Place {
     head: RecordHead,
 }
 
+impl Place {
+    fn end(&self) -> u64 {
+        self.offset + self.head.size()
+    }
+}
+
 #[derive(Debug)]
 struct ResultsFile {
     path: PathBuf,
@@ -181,14 +187,32 @@ impl Index {
         if len == entry.seen {
             return Ok(());
         }
+        let (found, durable) = self.records_in(at, len)?;
+        let end = found.last().map(|(place, _)| place.end());
+        for (place, elements) in found {
+            let is_durable = place.end() <= durable;
+            if !checks || is_durable || is_whole(&self.files[at].file, &place)? {
+                self.insert(place, &elements);
+            }
+        }
+        let entry = &mut self.files[at];
+        entry.end = end.unwrap_or(entry.end);
+        entry.seen = len;
+        Ok(())
+    }
+
+    /// Returns the records of a file of this length behind those that were read before, with their elements, and the
+    /// bytes of the file that are durable.
+    fn records_in(&self, at: usize, len: u64) -> io::Result<(Vec<(Place, Vec<u32>)>, u64)> {
+        let entry = &self.files[at];
         let mut window = Window {
             file: &entry.file,
             len,
             start: 0,
             bytes: Vec::new(),
         };
-        let mut found: Vec<(Place, Vec<u32>)> = Vec::new();
-        let (mut offset, mut durable, mut end) = (entry.end, 0, entry.end);
+        let mut found = Vec::new();
+        let (mut offset, mut durable) = (entry.end, 0);
         loop {
             match read_head(&mut window, offset)? {
                 Some((head, elements)) => {
@@ -196,25 +220,14 @@ impl Index {
                     let file = at as u32;
                     found.push((Place { file, offset, head }, elements));
                     offset += head.size();
-                    end = offset;
                 }
                 // Whole records may follow bytes that were lost.
                 None => match next_magic(&mut window, offset + 1)? {
                     Some(next) => offset = next,
-                    None => break,
+                    None => return Ok((found, durable)),
                 },
             }
         }
-        for (place, elements) in found {
-            let is_durable = place.offset + place.head.size() <= durable;
-            if !checks || is_durable || is_whole(&self.files[at].file, &place)? {
-                self.insert(place, &elements);
-            }
-        }
-        let entry = &mut self.files[at];
-        entry.end = end;
-        entry.seen = len;
-        Ok(())
     }
 
     /// Records the result of these elements. A result replaces an error, and a later record an earlier one.
@@ -307,25 +320,19 @@ impl Index {
     }
 }
 
-/// Returns the elements of the whole records in a file of the run.
+/// Returns the elements of the whole records in a file of the run, whose payloads are checked.
 ///
 /// # Errors
 /// If the file cannot be read.
 pub fn elements_of_file(path: &Path, run: RunId) -> io::Result<Vec<u32>> {
     let mut index = Index::new(Path::new(""), run, 0);
+    let Some(at) = index.add(path.to_owned())? else {
+        return Ok(Vec::new());
+    };
+    let len = index.files[at].file.metadata()?.len();
     let mut elements = Vec::new();
-    if let Some(at) = index.add(path.to_owned())? {
-        let entry = &index.files[at];
-        let len = entry.file.metadata()?.len();
-        let mut window = Window {
-            file: &entry.file,
-            len,
-            start: 0,
-            bytes: Vec::new(),
-        };
-        let mut offset = entry.end;
-        while let Some((head, of_record)) = read_head(&mut window, offset)? {
-            offset += head.size();
+    for (place, of_record) in index.records_in(at, len)?.0 {
+        if is_whole(&index.files[at].file, &place)? {
             elements.extend(of_record);
         }
     }

@@ -61,6 +61,9 @@ pub struct Output {
     series: Series,
     file: Option<(PathBuf, File)>,
     offset: u64,
+    /// The end of what was written without an error.
+    complete: u64,
+    /// The end of what would survive a crash of the machine.
     durable: u64,
 }
 
@@ -74,6 +77,7 @@ impl Output {
             series,
             file: None,
             offset: 0,
+            complete: 0,
             durable: 0,
         };
         output.next_file()?;
@@ -107,7 +111,7 @@ impl Output {
             }
         };
         self.file = Some((path, file));
-        self.durable = 0;
+        (self.complete, self.durable) = (0, 0);
         let head = record::file_head(self.series.run);
         self.offset = head.len() as u64;
         self.put(&head)?;
@@ -133,8 +137,8 @@ impl Output {
             return;
         };
         // Frees what a full disk needs. Readers do not depend on it.
-        let _ = match self.durable > record::FILE_HEAD as u64 {
-            true => file.set_len(self.durable),
+        let _ = match self.complete > record::FILE_HEAD as u64 {
+            true => file.set_len(self.complete),
             false => fs::remove_file(path),
         };
     }
@@ -225,6 +229,55 @@ impl Output {
             file.sync_data()?;
             self.durable = self.offset;
         }
+        self.complete = self.offset;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::elements_of_file;
+
+    #[test]
+    fn a_failed_write_leaves_what_was_written_before_durable_or_not() {
+        for durable in [true, false] {
+            let folder = std::env::temp_dir();
+            let folder = folder.join(format!("output-{}-{durable}", std::process::id()));
+            fs::create_dir_all(&folder).unwrap();
+            let run = *b"0123456789abcdef";
+            let item = |element| Item::Value {
+                element,
+                failed: false,
+                body: Body::from_bytes(vec![7; 1000]),
+            };
+            let mut output = Output::start(Series {
+                folder: folder.clone(),
+                run,
+                r_version: 4 << 16,
+                name: None,
+                durable,
+            })
+            .unwrap();
+            output.write(&[item(1), item(2)]).unwrap();
+            let path = output.path().unwrap().to_owned();
+            // Another write fails after a part of it.
+            let tail = |file: &mut File| file.write_all(b"RCR1 and a part of a record");
+            output.file.as_mut().map(|(_, file)| tail(file));
+            output.file = Some((
+                path.clone(),
+                OpenOptions::new().read(true).open(&path).unwrap(),
+            ));
+            assert!(output.write(&[item(3)]).is_err());
+            output.file = Some((
+                path.clone(),
+                OpenOptions::new().write(true).open(&path).unwrap(),
+            ));
+            output.drop_file();
+            assert_eq!(elements_of_file(&path, run).unwrap(), [1, 2]);
+            output.write(&[item(3)]).unwrap();
+            assert_ne!(output.path().unwrap(), path);
+            fs::remove_dir_all(&folder).unwrap();
+        }
     }
 }
