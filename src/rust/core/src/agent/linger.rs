@@ -603,31 +603,12 @@ impl Agent {
             let pid = self.workers[worker as usize]
                 .as_ref()
                 .map(|process| process.pid);
-            let message = match (state, pid) {
-                (Kept::Idle, Some(pid)) => {
-                    self.report_seed(worker);
-                    ToHead::WorkerUp { worker, pid }
-                }
-                (Kept::Busy, Some(pid)) => ToHead::WorkerKept { worker, pid },
-                (Kept::Stopped, _) => ToHead::WorkerStopped {
-                    worker,
-                    timed_out: false,
-                },
-                (Kept::Terminated, _) => ToHead::WorkerFailed {
-                    worker,
-                    failure: WorkerFailure {
-                        tail:
-                            "the worker ended while its host was not connected to a session, and \
-                               could not be restored"
-                                .into(),
-                        ..WorkerFailure::default()
-                    },
-                    replaced: false,
-                },
-                // It reports itself when it is ready.
-                _ => continue,
-            };
-            self.report(&message);
+            if state == Kept::Idle {
+                self.report_seed(worker);
+            }
+            if let Some(message) = state.message(worker, pid) {
+                self.report(&message);
+            }
         }
         info!(head_pid = self.head_pid, "agent goes on with another head");
         self.on_head_bytes();
@@ -663,15 +644,7 @@ impl Agent {
         if !self.is_linked() || self.ending {
             return;
         }
-        let Some(parts) = parts.filter(|parts| !parts.is_empty()) else {
-            let frame = Frame::new(Kind::Blob, LAST | ABORT, 0, request, Bytes::new());
-            return self.to_head.push(&frame, None);
-        };
-        let count = parts.len();
-        for (at, part) in parts.into_iter().enumerate() {
-            let first = if at == 0 { FIRST } else { 0 };
-            let last = if at + 1 == count { LAST } else { 0 };
-            let frame = Frame::new(Kind::Blob, first | last, 0, request, part);
+        for frame in frames_of(request, parts) {
             self.to_head.push(&frame, None);
         }
     }
@@ -696,17 +669,7 @@ impl Agent {
             };
             parts
         };
-        let arriving = &mut self.arriving[worker as usize];
-        if flags & FIRST != 0 {
-            *arriving = Some(Vec::new());
-        }
-        // The first part of the answer may have been sent to the head.
-        let Some(body) = arriving else {
-            return;
-        };
-        body.extend(parts);
-        if flags & LAST != 0 {
-            let body = arriving.take().unwrap_or_default();
+        if let Some(body) = self.arriving[worker as usize].take(flags, parts) {
             self.keep_answer(task, body);
         }
     }
@@ -780,6 +743,26 @@ impl Agent {
     }
 }
 
+/// The frames that answer a request of the head with these parts, or with `None`: they are not there.
+pub fn frames_of(request: u64, parts: Option<Vec<Bytes>>) -> Vec<Frame> {
+    let Some(parts) = parts.filter(|parts| !parts.is_empty()) else {
+        return vec![Frame::new(
+            Kind::Blob,
+            LAST | ABORT,
+            0,
+            request,
+            Bytes::new(),
+        )];
+    };
+    let count = parts.len();
+    let frames = parts.into_iter().enumerate().map(|(at, part)| {
+        let first = if at == 0 { FIRST } else { 0 };
+        let last = if at + 1 == count { LAST } else { 0 };
+        Frame::new(Kind::Blob, first | last, 0, request, part)
+    });
+    frames.collect()
+}
+
 /// The state of a worker for a head that is new to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
@@ -793,4 +776,30 @@ pub enum Kept {
     Stopped,
     /// The worker has terminated, and is not replaced.
     Terminated,
+}
+
+impl Kept {
+    /// What a head is told of a worker in this state, whose process has this pid. `None`: the worker reports itself when
+    /// it is ready.
+    pub fn message(self, worker: u32, pid: Option<u32>) -> Option<ToHead> {
+        Some(match (self, pid) {
+            (Kept::Idle, Some(pid)) => ToHead::WorkerUp { worker, pid },
+            (Kept::Busy, Some(pid)) => ToHead::WorkerKept { worker, pid },
+            (Kept::Stopped, _) => ToHead::WorkerStopped {
+                worker,
+                timed_out: false,
+            },
+            (Kept::Terminated, _) => ToHead::WorkerFailed {
+                worker,
+                failure: WorkerFailure {
+                    tail: "the worker ended while its host was not connected to a session, and \
+                           could not be restored"
+                        .into(),
+                    ..WorkerFailure::default()
+                },
+                replaced: false,
+            },
+            _ => return None,
+        })
+    }
 }

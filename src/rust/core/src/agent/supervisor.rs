@@ -203,7 +203,7 @@ impl Agent {
 
     /// Handles the failure of a worker, which has ended or could not be created.
     pub(super) fn lost(&mut self, worker: u32, mut failure: WorkerFailure) {
-        self.arriving[worker as usize] = None;
+        self.arriving[worker as usize].drop_parts();
         let ending = self.router.exited(worker, !self.ending, self.now());
         let (rank, pid, exit) = (self.number(worker), failure.pid, failure.exit);
         info!(rank, pid, %exit, oom = failure.oom, ?ending, "worker ended");
