@@ -394,7 +394,8 @@ impl Agent {
 
     /// The head has disconnected. The agent waits for another head, if it is to, and ends otherwise.
     pub(super) fn disconnect(&mut self) {
-        let Some(lingering) = self.lingering.as_ref().filter(|_| !self.ending) else {
+        let lingering = self.lingering.as_ref();
+        let Some(lingering) = lingering.filter(|_| !self.ending && self.router.is_of_use()) else {
             return self.end();
         };
         let until = self.now() + lingering.time;

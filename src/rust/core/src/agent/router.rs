@@ -47,6 +47,10 @@ pub struct Router {
     left: Vec<Option<u64>>,
     /// Workers that the head does not know to be up.
     unknown: Vec<bool>,
+    /// Workers that the head has not restored yet.
+    unrestored: Vec<bool>,
+    /// Workers that were sent the random number state for a reassigned task whose message has not begun.
+    seed_ahead: Vec<bool>,
 }
 
 fn text(error: impl std::fmt::Display) -> ProtocolError {
@@ -98,6 +102,8 @@ impl Router {
             is_seed_set: vec![false; workers],
             left: vec![None; workers],
             unknown: vec![false; workers],
+            unrestored: vec![false; workers],
+            seed_ahead: vec![false; workers],
         }
     }
 
@@ -106,6 +112,7 @@ impl Router {
         self.worker_table.made(worker, now);
         self.replaces[worker as usize] = replaces;
         self.is_seed_set[worker as usize] = false;
+        self.seed_ahead[worker as usize] = false;
         self.blobs.made(worker);
     }
 
@@ -246,6 +253,7 @@ impl Router {
             }
             Kind::Data => {
                 if self.worker_table.to_worker(&frame.header, now)? == Route::Forward {
+                    self.seed_ahead[worker as usize] = false;
                     if header.flags & ABORT == 0 {
                         let last = header.flags & LAST != 0;
                         self.setup_log.piece(worker, &frame.body, last);
@@ -262,6 +270,8 @@ impl Router {
                         let task = self.worker_table.task(worker);
                         self.is_seed_set[worker as usize] =
                             task.is_some_and(|task| task & RESTORE != 0);
+                    } else {
+                        self.seed_ahead[worker as usize] = true;
                     }
                     acts.push(Act::ToWorker(frame));
                 } else if header.flags & REASSIGNED == 0 && header.task == 0 {
@@ -312,6 +322,7 @@ impl Router {
         };
         let len = self.blobs.len(blob)?;
         if self.worker_table.to_worker(&frame.header, now)? == Route::Forward {
+            self.seed_ahead[worker as usize] = false;
             let last = flags & LAST != 0;
             if self.setup_log.blob(worker, blob, len, last) {
                 self.blobs.retain(blob);
@@ -362,6 +373,12 @@ impl Router {
                 request,
                 call: self.setup_log.find(worker, digest),
             }),
+            ToAgent::Restores => self.unrestored.fill(true),
+            ToAgent::Restored { worker } => {
+                if let Some(unrestored) = self.unrestored.get_mut(worker as usize) {
+                    *unrestored = false;
+                }
+            }
             // A heartbeat: receiving it is enough.
             ToAgent::Alive => {}
             ToAgent::Hello(_) | ToAgent::Start(_) => {
@@ -610,14 +627,29 @@ impl Router {
         acts.push(Act::Up { worker, replaces });
     }
 
-    /// The head has disconnected. Workers end the tasks that they have begun; all others are dropped.
+    /// Whether another head has any use for the workers: half a state would silently give wrong results.
+    pub fn is_of_use(&self) -> bool {
+        self.unrestored.contains(&false)
+    }
+
+    /// The head has disconnected. Workers end the tasks that they have begun; all others are dropped. Workers that the
+    /// head has not restored are stopped.
     ///
     /// # Errors
     /// When the tasks of the head broke the protocol.
     pub fn detach(&mut self, now: Now, acts: &mut Vec<Act>) -> Result<(), ProtocolError> {
         for worker in 0..self.left.len() as u32 {
             self.prefetched.take(worker);
+            if self.unrestored[worker as usize] {
+                self.stop(worker, now, acts);
+            }
             let Some(task) = self.worker_table.task(worker) else {
+                // The message of a task may not have begun, although what comes before it has arrived.
+                self.setup_log.lost(worker);
+                if std::mem::take(&mut self.seed_ahead[worker as usize]) {
+                    let abort = Frame::new(Kind::Data, LAST | ABORT, worker, 0, Bytes::new());
+                    acts.push(Act::ToWorker(abort));
+                }
                 continue;
             };
             if self.worker_table.is_complete(worker) {
@@ -655,11 +687,7 @@ impl Router {
     /// The head is told that a worker is up. Returns whether it did not know the worker before.
     pub fn introduce(&mut self, worker: u32) -> bool {
         let unknown = self.unknown.get_mut(worker as usize);
-        let unknown = unknown.is_some_and(std::mem::take);
-        if unknown {
-            self.worker_table.forget_losses(worker);
-        }
-        unknown
+        unknown.is_some_and(std::mem::take)
     }
 
     /// The random number state of a worker, if the head can set it.

@@ -1,6 +1,6 @@
 //! Simulated hosts: the agent's decisions (`agent/`) without system calls.
 
-use crate::parts::{Facts, Pipe, part};
+use crate::parts::{Facts, Pipe, generation, part};
 use crate::worker::Process;
 use bytes::{Bytes, BytesMut};
 use rustcluster_core::agent::action::Act;
@@ -134,7 +134,11 @@ impl Host {
                 let bounds = (start.chunk_cache_bytes as usize, start.state as usize);
                 self.router = Router::new(self.ranks.len(), bounds.0, bounds.1);
                 self.router.worker_table.shared_answers = start.local;
-                self.arriving = self.ranks.iter().map(|_| ArrivingAnswer::default()).collect();
+                self.arriving = self
+                    .ranks
+                    .iter()
+                    .map(|_| ArrivingAnswer::default())
+                    .collect();
                 self.to_start = (0..start.workers).map(|worker| (worker, false)).collect();
                 self.started = true;
             }
@@ -165,7 +169,7 @@ impl Host {
         self.received.clear();
         self.to_head = OutBuf::default();
         (self.down, self.up) = (Pipe::new(stream), Pipe::new(stream));
-        if !self.started {
+        if !self.started || !self.router.is_of_use() {
             self.lost = true;
             return;
         }
@@ -226,7 +230,8 @@ impl Host {
 
     fn report_seed(&mut self, worker: u32) {
         if let Some(seed) = self.router.seed(worker).filter(|_| self.link == Link::Up) {
-            self.to_head.push(&Frame::new(Kind::Seed, 0, worker, 0, seed));
+            self.to_head
+                .push(&Frame::new(Kind::Seed, 0, worker, 0, seed));
         }
     }
 
@@ -513,7 +518,23 @@ impl Host {
             process.unrouted = unrouted;
         }
         self.act(now, facts);
+        self.check_end(worker, facts);
         moved as u64
+    }
+
+    /// A cancelled task of a head that has vanished ends without a word.
+    fn check_end(&mut self, worker: u32, facts: &mut Facts) {
+        let Some(process) = &mut self.processes[worker as usize] else {
+            return;
+        };
+        let ended = |(task, _): &mut _| self.router.worker_table.task(worker) != Some(*task);
+        if let Some((task, _)) = process.complete.take_if(ended) {
+            assert!(generation(task) < facts.tasks.generation() || self.link != Link::Up);
+            process.answering = false;
+            process.worker.effects.retain(|effect| effect.task != task);
+            let known = &mut facts.workers[self.ranks[worker as usize] as usize];
+            known.seed = process.worker.seed.clone();
+        }
     }
 
     pub fn on_exit(&mut self, worker: u32, now: Now, facts: &mut Facts) {

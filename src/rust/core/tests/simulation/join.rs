@@ -458,7 +458,11 @@ impl Sim {
     }
 
     /// Checks the set-up calls of a new worker: those that all members have completed, in their order.
-    pub fn check_common(&self, calls: &[Effect], (members, of_one): &(BTreeSet<Rank>, Vec<Effect>)) {
+    pub fn check_common(
+        &self,
+        calls: &[Effect],
+        (members, of_one): &(BTreeSet<Rank>, Vec<Effect>),
+    ) {
         if members.is_empty() {
             return;
         }

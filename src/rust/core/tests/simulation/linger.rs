@@ -11,6 +11,7 @@ use rustcluster_core::head::hub::{Hub, Progress};
 use rustcluster_core::head::scheduler::events::Outcome;
 use rustcluster_core::protocol::frame::MAX_BODY;
 use rustcluster_core::protocol::ids::{CALLS, KEEP, Rank, TaskId};
+use rustcluster_core::protocol::setup_calls::SetupCalls;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ pub struct Change {
     taken: BTreeSet<TaskId>,
     /// The set-up calls of each worker that a head has seen acknowledged.
     acknowledged: BTreeMap<Rank, Vec<Effect>>,
+    /// The set-up call that each worker was running when a head took the cluster over. Nobody has seen it acknowledged.
+    running: BTreeMap<Rank, u64>,
     /// The head has not taken the cluster over yet.
     is_new: bool,
 }
@@ -150,7 +153,14 @@ impl Sim {
         for (rank, known) in (0..).zip(&self.facts.workers) {
             let is_there = !known.is_terminated || known.is_away;
             if !self.change.is_new && is_there && !known.is_late {
-                let acknowledged = known.logged.clone();
+                let mut acknowledged = known.logged.clone();
+                let running = self.change.running.get(&rank);
+                if let Some(at) = acknowledged
+                    .iter()
+                    .rposition(|effect| Some(&effect.hash) == running)
+                {
+                    acknowledged.remove(at);
+                }
                 self.change.acknowledged.insert(rank, acknowledged);
             } else if !self.change.is_new {
                 self.change.acknowledged.remove(&rank);
@@ -348,9 +358,12 @@ impl Sim {
             .into_iter()
             .filter(|&rank| !self.is_terminated(rank))
             .collect();
+        self.change.running.clear();
         for &rank in &there {
             let logged = self.logged(rank);
-            self.check_log(rank, &logged);
+            if let Some(running) = self.check_log(rank, &logged) {
+                self.change.running.insert(rank, running.hash);
+            }
             self.facts.seen.taken_over_with_calls += usize::from(!logged.is_empty());
             self.facts.workers[rank as usize].logged = logged;
         }
@@ -365,8 +378,8 @@ impl Sim {
     }
 
     /// Checks the set-up calls that a head has taken over: those that the worker has completed, with the one that it
-    /// may be running. Those that the head before saw acknowledged are among them.
-    fn check_log(&self, rank: Rank, logged: &[Effect]) {
+    /// may be running, which is returned. Those that the head before saw acknowledged are among them.
+    fn check_log(&self, rank: Rank, logged: &[Effect]) -> Option<Effect> {
         let known = &self.facts.workers[rank as usize];
         let (at, index) = self.at[rank as usize];
         let process = self.hosts[at].processes[index as usize].as_ref();
@@ -379,14 +392,21 @@ impl Sim {
             "the head has other set-up calls of worker {rank}: {logged:?} {with_running:?}"
         );
         if let Some(acknowledged) = self.change.acknowledged.get(&rank) {
-            let wanted = digest(acknowledged);
-            let completed = &known.effects[..];
-            let but_last = &completed[..completed.len().saturating_sub(1)];
+            // Others may be among them that the head had cancelled.
+            let mut needed = SetupCalls::default();
+            for effect in acknowledged {
+                needed.record(effect.name(), effect.hash);
+            }
+            let mut completed = known.effects.iter();
+            let mut needed = needed.iter().map(|(_, hash)| hash);
+            let all = needed.all(|hash| completed.any(|effect| effect.hash == *hash));
             assert!(
-                wanted == digest(completed) || wanted == digest(but_last),
-                "worker {rank} misses set-up calls of its last head: {completed:?} {acknowledged:?}"
+                all,
+                "worker {rank} misses set-up calls of its last head: {:?} {acknowledged:?}",
+                known.effects
             );
         }
+        running
     }
 
     /// The head is told the RNG state of a worker that it has not known.
@@ -423,7 +443,12 @@ impl Sim {
                 listed.is_subset(&host.must_keep),
                 "answers of others: {listed:?}"
             );
-            assert!(host.lost || must.is_subset(&listed), "answers are missing");
+            // If the agent is another now, they were lost with it.
+            let mut must = must.intersection(&host.must_keep);
+            assert!(
+                host.lost || must.all(|task| listed.contains(task)),
+                "answers are missing"
+            );
         }
         for kept in listed {
             assert!(generation(kept.task) < self.facts.tasks.generation());

@@ -29,8 +29,8 @@ use host::{BACKLOG, Fault, Host, Link, READ};
 use jobs::OpenJob;
 use join::Keeps;
 use linger::Change;
-use parts::{Facts, LARGEST, Seen, Tasks, WorkerFacts, generation, slice};
 use parts::End;
+use parts::{Facts, LARGEST, Seen, Tasks, WorkerFacts, generation, slice};
 use r::{Made, Message, Ready, Waiting};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -528,8 +528,11 @@ impl Sim {
             self.moved += 1;
             host.on_exit(worker, self.now, &mut self.facts);
         }
+        // What a new head asks for is sent as a whole.
+        let asked_for = if self.setup.changes > 0 { LARGEST } else { 0 };
+        let max_backlog = BACKLOG + 2 * READ + 200 * host.ranks.len() + asked_for;
         assert!(
-            host.to_head.len() <= BACKLOG + 2 * READ + 200 * host.ranks.len(),
+            host.to_head.len() <= max_backlog,
             "{} bytes wait for the head",
             host.to_head.len()
         );

@@ -279,11 +279,6 @@ impl Tasks {
         let last = self.generation();
         self.0[last].iter_mut()
     }
-
-    /// The tasks of all heads.
-    pub fn all(&self) -> impl Iterator<Item = &Task> {
-        self.0.iter().flatten()
-    }
 }
 
 impl Index<TaskId> for Tasks {

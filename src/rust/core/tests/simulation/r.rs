@@ -178,8 +178,7 @@ impl Sim {
             return;
         }
         assert!(!setup_call, "a set-up call is reassigned");
-        let is_on_same_worker =
-            |&&id: &&TaskId| self.facts.tasks[id].assigned == started.assigned;
+        let is_on_same_worker = |&&id: &&TaskId| self.facts.tasks[id].assigned == started.assigned;
         let reassigned = self.outstanding[owner as usize]
             .iter()
             .find(is_on_same_worker);
@@ -835,7 +834,8 @@ impl Sim {
             TakeOrder::ByRank if self.facts.seen.jobs > 0 => 2,
             _ => 1,
         };
-        let max = self.setup.limit + GRANT + (demanded + others + self.change.calls) * (LARGEST + GRANT);
+        let max =
+            self.setup.limit + GRANT + (demanded + others + self.change.calls) * (LARGEST + GRANT);
         if !self.setup.blocking {
             assert!(large <= max, "{large} bytes of large results, max {max}");
         }
