@@ -684,10 +684,12 @@ impl Router {
         self.unknown.get(worker as usize) == Some(&true)
     }
 
-    /// The head is told that a worker is up. Returns whether it did not know the worker before.
-    pub fn introduce(&mut self, worker: u32) -> bool {
+    /// The head is told that a worker is up, which is a replacement or not. Returns whether the head is to be told of a
+    /// replacement: it has known the worker before.
+    pub fn introduce(&mut self, worker: u32, replaces: bool) -> bool {
         let unknown = self.unknown.get_mut(worker as usize);
-        unknown.is_some_and(std::mem::take)
+        let was_unknown = unknown.is_some_and(std::mem::take);
+        replaces && !was_unknown
     }
 
     /// The random number state of a worker, if the head can set it.

@@ -94,8 +94,7 @@ impl Agent {
         if self.router.is_unknown_to_head(worker) {
             self.report_seed(worker);
         }
-        // A head that has not known the worker before does not know of the worker that it replaces.
-        let replaces = replaces && !self.router.introduce(worker);
+        let replaces = self.router.introduce(worker, replaces);
         let message = if replaces {
             ToHead::WorkerReplaced { worker, pid }
         } else {

@@ -461,7 +461,7 @@ impl Host {
         if self.router.is_unknown_to_head(worker) {
             self.report_seed(worker);
         }
-        let replaces = replaces && !self.router.introduce(worker);
+        let replaces = self.router.introduce(worker, replaces);
         self.report(&if replaces {
             ToHead::WorkerReplaced { worker, pid }
         } else {

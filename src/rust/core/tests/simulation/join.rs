@@ -3,7 +3,7 @@
 
 use crate::Sim;
 use crate::host::Host;
-use crate::parts::{Effect, End, Task, WorkerFacts, digest};
+use crate::parts::{Effect, End, Task, WorkerFacts, digest, part};
 use rand::Rng;
 use rustcluster_core::head::hub::{Plan, Progress, Turn};
 use rustcluster_core::head::launch::{Launch, Source};
@@ -274,12 +274,22 @@ impl Sim {
         let len = self.rng.random_range(0..MAX_COMMON_CALL / 2) * 2 + 1;
         let job = self.job;
         let name = Effect::of_task(first, len).name();
+        let made = self.rng.random::<bool>().then(|| {
+            let all: Vec<Rank> = (0..self.setup.workers as Rank).collect();
+            let (blob, count) = (self.hub.begin_blob(&all, true), len / 2);
+            self.hub.write(&part(first, false, 0, count));
+            self.hub.finish_blob();
+            (blob, count)
+        });
+        self.notes();
         for owner in 0..self.setup.workers as Rank {
             if self.is_terminated(owner) && !self.hub.is_awaited(owner) {
                 continue;
             }
             let id = self.facts.tasks.next();
-            let started = self.hub.begin(owner, job, Some(name), Turn::Last, |_| None);
+            let started = self.hub.begin(owner, job, Some(name), Turn::Last, |_| {
+                made.map(|made| made.0)
+            });
             self.withdraw_stale(owner, job);
             self.notes();
             let started = started.expect("a worker");
@@ -298,7 +308,7 @@ impl Sim {
                 prefix: (first, len),
                 ..Task::new(id)
             });
-            self.write(id, started, None, false);
+            self.write(id, started, made, false);
             while self.writing.is_some() {
                 self.write_chunk();
                 if self.rng.random_ratio(1, 4) {
@@ -306,6 +316,10 @@ impl Sim {
                     self.pump(at);
                 }
             }
+        }
+        if let Some((blob, _)) = made {
+            self.hub.drop_blob(blob);
+            self.notes();
         }
         self.facts.seen.common_calls += 1;
     }

@@ -468,7 +468,8 @@ fn a_task_that_has_begun_is_ended_without_its_head() {
         acts[..],
         [Act::Keep(_), Act::Up { worker: 0, .. }]
     ));
-    assert!(router.introduce(0) && !router.introduce(0));
+    assert!(!router.introduce(0, false) && !router.is_unknown_to_head(0));
+    assert!(router.introduce(0, true));
     let acts = from_head(&mut router, data(1 << 36, b"task"));
     assert!(matches!(&acts[..], [Act::ToWorker(frame)] if frame.header.task == 1 << 36));
     let acts = from_worker(&mut router, &[data(1 << 36, b"answer")]);
