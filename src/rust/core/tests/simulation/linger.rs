@@ -425,6 +425,8 @@ impl Sim {
         assert!(known.is_terminated && known.awaits_restart);
         known.is_terminated = false;
         known.awaits_restart = false;
+        // R may send tasks before it decides on those that were lost.
+        known.last_started = 0;
         if let Some(last) = known.reported_seeds.last().filter(|last| !last.is_empty()) {
             known.seed = last.clone();
         }

@@ -771,6 +771,12 @@ impl Sim {
             self.sweep();
             sweeps += 1;
             assert!(sweeps < 2_000_000, "no end in sight");
+            if sweeps == 20_000 {
+                // Workers that never come up are restarted again and again.
+                self.hosts
+                    .iter_mut()
+                    .for_each(|host| host.fault = Fault::None);
+            }
             if self.moved != before {
                 before = self.moved;
                 idle = 0;

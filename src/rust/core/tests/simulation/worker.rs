@@ -371,7 +371,11 @@ impl Worker {
         } else {
             assert!(self.own.is_none());
             let order = task.order.unwrap_or(known.last_started);
-            assert!(order >= known.last_started, "tasks start out of order");
+            assert!(
+                order >= known.last_started,
+                "task {id} starts on worker {rank} after task {}",
+                known.last_started
+            );
             known.last_started = order;
         }
         match &task.first_seed {
