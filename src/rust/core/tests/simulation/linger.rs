@@ -425,10 +425,14 @@ impl Sim {
         assert!(known.is_terminated && known.awaits_restart);
         known.is_terminated = false;
         known.awaits_restart = false;
-        // R may send tasks before it decides on those that were lost.
-        known.last_started = 0;
+        known.ordered_from = self.facts.tasks.next();
         if let Some(last) = known.reported_seeds.last().filter(|last| !last.is_empty()) {
             known.seed = last.clone();
+        }
+        for task in self.facts.tasks.iter_mut() {
+            if task.end.is_none() && (task.owner == rank || task.assigned == rank) {
+                task.first_seed = None;
+            }
         }
     }
 

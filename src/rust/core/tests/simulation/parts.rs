@@ -409,6 +409,9 @@ pub struct WorkerFacts {
     pub reported_seeds: Vec<Bytes>,
     /// The highest `order` of the tasks that have started: its own tasks start in order.
     pub last_started: TaskId,
+    /// The first of these tasks that was sent after the worker was restarted after a pause. Those before it may have
+    /// been lost with the worker, and R may send others before it decides on them.
+    pub ordered_from: TaskId,
     /// R knows that it has terminated and is not replaced.
     pub is_terminated: bool,
     /// Its agent restarts it after a pause.
@@ -453,6 +456,7 @@ impl WorkerFacts {
             seed: Bytes::new(),
             reported_seeds: vec![Bytes::new()],
             last_started: 0,
+            ordered_from: 0,
             is_terminated: false,
             awaits_restart: false,
             was_ready: false,

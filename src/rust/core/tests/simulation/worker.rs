@@ -371,12 +371,14 @@ impl Worker {
         } else {
             assert!(self.own.is_none());
             let order = task.order.unwrap_or(known.last_started);
-            assert!(
-                order >= known.last_started,
-                "task {id} starts on worker {rank} after task {}",
-                known.last_started
-            );
-            known.last_started = order;
+            if order >= known.ordered_from {
+                assert!(
+                    order >= known.last_started,
+                    "task {id} starts on worker {rank} after task {}",
+                    known.last_started
+                );
+                known.last_started = order;
+            }
         }
         match &task.first_seed {
             Some((seed, count)) if !task.is_reassigned() || *count == reported_seeds.len() => {
