@@ -149,6 +149,12 @@ fn make_directory(directory: &Path, key: &Key, generation: u32) -> io::Result<()
     })
 }
 
+/// The device and the inode of a directory.
+fn identity(directory: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::symlink_metadata(directory).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
 /// Ends the agent that listens in a directory, and waits until it has ended.
 fn end_other(directory: &Path, key: &Key, generation: u32) -> io::Result<()> {
     let owner = fs::symlink_metadata(directory)?.uid();
@@ -212,13 +218,15 @@ pub(super) struct Lingering {
     /// The generation of the present head, or of the last one.
     generation: u32,
     dialers: Vec<Option<Dialer>>,
+    /// Device and inode of the directory.
+    made: Option<(u64, u64)>,
     /// The process that made the directory. A forked worker has a copy of this value.
     owner: u32,
 }
 
 impl Drop for Lingering {
     fn drop(&mut self) {
-        if self.owner == std::process::id() {
+        if self.owner == std::process::id() && !self.is_superseded() {
             let _ = fs::remove_dir_all(&self.directory);
         }
     }
@@ -254,6 +262,7 @@ impl Lingering {
             }
         };
         Ok(Lingering {
+            made: identity(&directory),
             directory,
             listener,
             keys: [(CLUSTER, key)].into(),
@@ -263,6 +272,12 @@ impl Lingering {
             dialers: (0..MAX_DIALERS).map(|_| None).collect(),
             owner: std::process::id(),
         })
+    }
+
+    /// Whether another agent has removed the directory, because this one did not end when it was asked to. Nobody can
+    /// reach this one any more.
+    pub(super) fn is_superseded(&self) -> bool {
+        identity(&self.directory) != self.made
     }
 
     /// The directory of the socket.
@@ -802,5 +817,34 @@ impl Kept {
             },
             _ => return None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::control::Secret;
+
+    #[test]
+    fn an_agent_that_has_not_ended_in_time_leaves_the_directory_to_its_successor() {
+        let poll = mio::Poll::new().unwrap();
+        let plan = Linger {
+            name: format!("rustcluster-test-{}", std::process::id()),
+            key: Secret([7; 32]),
+            milliseconds: 1000,
+            generation: 1,
+        };
+        // Nobody reads from its socket, as if it were stopped.
+        let first = Lingering::start(&plan, poll.registry()).unwrap();
+        assert!(!first.is_superseded());
+        let second = Lingering::start(&plan, poll.registry()).unwrap();
+        assert!(first.is_superseded() && !second.is_superseded());
+        // Its listener has been dialled, which lets it notice that when it goes on.
+        assert!(first.listener.accept().is_ok());
+        drop(first);
+        assert!(socket(second.directory()).exists());
+        let directory = second.directory().to_owned();
+        drop(second);
+        assert!(!directory.exists());
     }
 }

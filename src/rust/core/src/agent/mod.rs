@@ -445,8 +445,14 @@ impl Agent {
                     PARENT => self.disconnect(),
                     LISTENER => {
                         let now = self.now();
+                        let mut superseded = false;
                         if let Some(lingering) = &mut self.lingering {
                             lingering.accept(self.poll.registry(), now);
+                            superseded = lingering.is_superseded();
+                        }
+                        if superseded {
+                            info!("another agent of this host has taken over");
+                            self.end();
                         }
                     }
                     Token(token) if token >= FIRST_DIALER => {

@@ -427,6 +427,7 @@ async fn talk(
     } = peer;
     stream.set_nonblocking(true)?;
     let stream = UnixStream::from_std(stream)?;
+    let has_waited = proof.is_some();
     let (stop, over, start_timeout) = {
         let core = shared_core.core();
         let conn = &core.conns[agent];
@@ -462,6 +463,10 @@ async fn talk(
         if joins {
             if core.conns[agent].permanent {
                 return Ok(());
+            }
+            if has_waited && !again {
+                // Its workers have their set-up calls, and are not to be restored. A fresh agent may take its place.
+                return Err(io::Error::other("its agent has not answered in time"));
             }
             let theirs = core.inbox.hosts[agent].hello.as_ref();
             if !again && theirs.is_some_and(|theirs| theirs.big_endian != hello.big_endian) {
