@@ -47,6 +47,8 @@ pub struct Router {
     left: Vec<Option<u64>>,
     /// Workers that the head does not know to be up.
     unknown: Vec<bool>,
+    /// Workers whose predecessors have failed since the head has been there.
+    failed: Vec<bool>,
     /// Workers that the head has not restored yet.
     unrestored: Vec<bool>,
     /// Workers that were sent the random number state for a reassigned task whose message has not begun.
@@ -102,6 +104,7 @@ impl Router {
             is_seed_set: vec![false; workers],
             left: vec![None; workers],
             unknown: vec![false; workers],
+            failed: vec![false; workers],
             unrestored: vec![false; workers],
             seed_ahead: vec![false; workers],
         }
@@ -673,6 +676,7 @@ impl Router {
         let kept: Vec<Kept> = workers
             .map(|(worker, &pending)| self.worker_table.attach(worker, pending))
             .collect();
+        self.failed.fill(false);
         for (unknown, kept) in self.unknown.iter_mut().zip(&kept) {
             *unknown = matches!(kept, Kept::Busy | Kept::Starting);
         }
@@ -685,11 +689,11 @@ impl Router {
     }
 
     /// The head is told that a worker is up, which is a replacement or not. Returns whether the head is to be told of a
-    /// replacement: it has known the worker before.
+    /// replacement: it has known the worker before, or has been told of its failure.
     pub fn introduce(&mut self, worker: u32, replaces: bool) -> bool {
         let unknown = self.unknown.get_mut(worker as usize);
         let was_unknown = unknown.is_some_and(std::mem::take);
-        replaces && !was_unknown
+        replaces && (!was_unknown || self.failed.get(worker as usize) == Some(&true))
     }
 
     /// The random number state of a worker, if the head can set it.
@@ -715,7 +719,11 @@ impl Router {
         self.prefetched.take(worker);
         self.left[worker as usize] = None;
         let restorable = may_replace && self.setup_log.is_complete(worker);
-        self.worker_table.exited(worker, restorable, now)
+        let ending = self.worker_table.exited(worker, restorable, now);
+        if matches!(ending, Ending::Lost { .. }) {
+            self.failed[worker as usize] = true;
+        }
+        ending
     }
 }
 

@@ -78,6 +78,8 @@ pub struct Host {
     arriving: Vec<ArrivingAnswer>,
     /// The calls whose answers the agent must have kept.
     pub must_keep: BTreeSet<TaskId>,
+    /// The calls whose workers were stopped: their kept answers say that they were interrupted.
+    pub cut: BTreeSet<TaskId>,
 }
 
 impl Host {
@@ -106,6 +108,7 @@ impl Host {
             kept: KeptAnswers::new(usize::MAX),
             arriving: ranks.iter().map(|_| ArrivingAnswer::default()).collect(),
             must_keep: BTreeSet::new(),
+            cut: BTreeSet::new(),
         }
     }
 
@@ -264,7 +267,9 @@ impl Host {
         if flags & FIRST != 0 {
             process.kept_from_start = true;
         }
-        if flags & LAST != 0 && process.kept_from_start && task & KEEP != 0 {
+        if self.router.worker_table.is_stopping(worker) {
+            self.cut.insert(task);
+        } else if flags & LAST != 0 && process.kept_from_start && task & KEEP != 0 {
             assert!(self.must_keep.insert(task), "call {task} ends twice");
         }
         let whole = self.arriving[worker as usize].take(flags, parts);

@@ -156,7 +156,8 @@ impl Sim {
         let host = &mut self.hosts[at];
         host.lost = true;
         host.served = true;
-        host.over = !self.hub.agent_ended(at, reason);
+        // Before the take-over, a fresh agent would not get the set-up calls.
+        host.over = !self.hub.agent_ended(at, reason) || self.change.is_new;
         self.notes();
         let ranks = &self.hosts[at].ranks;
         assert!(ranks.iter().all(|&rank| self.is_terminated(rank)));

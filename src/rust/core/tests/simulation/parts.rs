@@ -409,8 +409,8 @@ pub struct WorkerFacts {
     pub reported_seeds: Vec<Bytes>,
     /// The highest `order` of the tasks that have started: its own tasks start in order.
     pub last_started: TaskId,
-    /// The first of these tasks that was sent after the worker was restarted after a pause. Those before it may have
-    /// been lost with the worker, and R may send others before it decides on them.
+    /// Its own tasks start in order from this one on: none do after the worker was restarted after a pause, because R
+    /// may send others before it decides on those that were lost.
     pub ordered_from: TaskId,
     /// R knows that it has terminated and is not replaced.
     pub is_terminated: bool,

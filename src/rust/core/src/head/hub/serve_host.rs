@@ -102,7 +102,10 @@ async fn await_take_over(shared_core: &SharedCore, agent: usize) {
                 () = sleep(FIRST_WAIT) => {}
             }
         }
-        while shared_core.core().take_over.is_some() {
+        while {
+            let core = shared_core.core();
+            core.take_over.is_some() || !core.began_take_over
+        } {
             sleep(TAKE_OVER_CHECK).await;
         }
     };

@@ -89,6 +89,7 @@ impl Hub {
     /// Gives up filling the set-up log: no host can join.
     pub fn end_take_over(&mut self) {
         let mut core = self.core();
+        core.began_take_over = true;
         if core.take_over.take().is_some() {
             if let Some(setup_log) = &mut core.setup_log {
                 setup_log.abandon();
@@ -113,6 +114,7 @@ impl Core {
         }
         self.take_over = Some(take_over);
         self.took_over = true;
+        self.began_take_over = true;
         self.pump();
     }
 
