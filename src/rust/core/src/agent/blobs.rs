@@ -14,6 +14,18 @@ use crate::protocol::frame::{ABORT, BY_REFERENCE, FIRST, Frame, Kind, LAST, MAX_
 use crate::protocol::ids::BlobId;
 use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
+use std::fmt;
+use xxhash_rust::xxh3::Xxh3;
+
+/// The hash of the bytes of a blob so far.
+#[derive(Default)]
+struct Hasher(Box<Xxh3>);
+
+impl fmt::Debug for Hasher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}", self.0.digest128())
+    }
+}
 
 #[derive(Debug, Default)]
 struct StoredBlob {
@@ -23,6 +35,7 @@ struct StoredBlob {
     /// All bytes, once the blob is complete, if it fits into a frame.
     whole: Bytes,
     complete: bool,
+    hasher: Hasher,
     /// The head does not need the blob any more.
     forgotten: bool,
     /// Number of users here: see [`BlobStore::retain`].
@@ -75,6 +88,7 @@ impl BlobStore {
             return Err(ProtocolError(format!("unexpected chunk of blob {id}")));
         };
         blob.complete = flags & LAST != 0;
+        blob.hasher.0.update(&frame.body);
         let was_small = blob.len <= MAX_BODY;
         blob.len = blob.len.saturating_add(frame.body.len());
         let last = blob.complete;
@@ -171,6 +185,11 @@ impl BlobStore {
         for id in ids {
             self.drop_unused(id, acts);
         }
+    }
+
+    /// The state of a hash of a message after the blob with which the message begins.
+    pub fn hasher(&self, id: BlobId) -> Option<Xxh3> {
+        Some((*self.blobs.get(&id)?.hasher.0).clone())
     }
 
     /// The bytes of a complete blob that fits into a frame.

@@ -149,6 +149,12 @@ fn make_directory(directory: &Path, key: &Key, generation: u32) -> io::Result<()
     })
 }
 
+/// The device and the inode of a directory.
+fn identity(directory: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::symlink_metadata(directory).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
 /// Ends the agent that listens in a directory, and waits until it has ended.
 fn end_other(directory: &Path, key: &Key, generation: u32) -> io::Result<()> {
     let owner = fs::symlink_metadata(directory)?.uid();
@@ -212,13 +218,15 @@ pub(super) struct Lingering {
     /// The generation of the present head, or of the last one.
     generation: u32,
     dialers: Vec<Option<Dialer>>,
+    /// Device and inode of the directory.
+    made: Option<(u64, u64)>,
     /// The process that made the directory. A forked worker has a copy of this value.
     owner: u32,
 }
 
 impl Drop for Lingering {
     fn drop(&mut self) {
-        if self.owner == std::process::id() {
+        if self.owner == std::process::id() && !self.is_superseded() {
             let _ = fs::remove_dir_all(&self.directory);
         }
     }
@@ -254,6 +262,7 @@ impl Lingering {
             }
         };
         Ok(Lingering {
+            made: identity(&directory),
             directory,
             listener,
             keys: [(CLUSTER, key)].into(),
@@ -263,6 +272,12 @@ impl Lingering {
             dialers: (0..MAX_DIALERS).map(|_| None).collect(),
             owner: std::process::id(),
         })
+    }
+
+    /// Whether another agent has removed the directory, because this one did not end when it was asked to. Nobody can
+    /// reach this one any more.
+    pub(super) fn is_superseded(&self) -> bool {
+        identity(&self.directory) != self.made
     }
 
     /// The directory of the socket.
@@ -394,7 +409,8 @@ impl Agent {
 
     /// The head has disconnected. The agent waits for another head, if it is to, and ends otherwise.
     pub(super) fn disconnect(&mut self) {
-        let Some(lingering) = self.lingering.as_ref().filter(|_| !self.ending) else {
+        let lingering = self.lingering.as_ref();
+        let Some(lingering) = lingering.filter(|_| !self.ending && self.router.is_of_use()) else {
             return self.end();
         };
         let until = self.now() + lingering.time;
@@ -603,31 +619,12 @@ impl Agent {
             let pid = self.workers[worker as usize]
                 .as_ref()
                 .map(|process| process.pid);
-            let message = match (state, pid) {
-                (Kept::Idle, Some(pid)) => {
-                    self.report_seed(worker);
-                    ToHead::WorkerUp { worker, pid }
-                }
-                (Kept::Busy, Some(pid)) => ToHead::WorkerKept { worker, pid },
-                (Kept::Stopped, _) => ToHead::WorkerStopped {
-                    worker,
-                    timed_out: false,
-                },
-                (Kept::Terminated, _) => ToHead::WorkerFailed {
-                    worker,
-                    failure: WorkerFailure {
-                        tail:
-                            "the worker ended while its host was not connected to a session, and \
-                               could not be restored"
-                                .into(),
-                        ..WorkerFailure::default()
-                    },
-                    replaced: false,
-                },
-                // It reports itself when it is ready.
-                _ => continue,
-            };
-            self.report(&message);
+            if state == Kept::Idle {
+                self.report_seed(worker);
+            }
+            if let Some(message) = state.message(worker, pid) {
+                self.report(&message);
+            }
         }
         info!(head_pid = self.head_pid, "agent goes on with another head");
         self.on_head_bytes();
@@ -663,15 +660,7 @@ impl Agent {
         if !self.is_linked() || self.ending {
             return;
         }
-        let Some(parts) = parts.filter(|parts| !parts.is_empty()) else {
-            let frame = Frame::new(Kind::Blob, LAST | ABORT, 0, request, Bytes::new());
-            return self.to_head.push(&frame, None);
-        };
-        let count = parts.len();
-        for (at, part) in parts.into_iter().enumerate() {
-            let first = if at == 0 { FIRST } else { 0 };
-            let last = if at + 1 == count { LAST } else { 0 };
-            let frame = Frame::new(Kind::Blob, first | last, 0, request, part);
+        for frame in frames_of(request, parts) {
             self.to_head.push(&frame, None);
         }
     }
@@ -696,17 +685,7 @@ impl Agent {
             };
             parts
         };
-        let arriving = &mut self.arriving[worker as usize];
-        if flags & FIRST != 0 {
-            *arriving = Some(Vec::new());
-        }
-        // The first part of the answer may have been sent to the head.
-        let Some(body) = arriving else {
-            return;
-        };
-        body.extend(parts);
-        if flags & LAST != 0 {
-            let body = arriving.take().unwrap_or_default();
+        if let Some(body) = self.arriving[worker as usize].take(flags, parts) {
             self.keep_answer(task, body);
         }
     }
@@ -780,6 +759,26 @@ impl Agent {
     }
 }
 
+/// The frames that answer a request of the head with these parts, or with `None`: they are not there.
+pub fn frames_of(request: u64, parts: Option<Vec<Bytes>>) -> Vec<Frame> {
+    let Some(parts) = parts.filter(|parts| !parts.is_empty()) else {
+        return vec![Frame::new(
+            Kind::Blob,
+            LAST | ABORT,
+            0,
+            request,
+            Bytes::new(),
+        )];
+    };
+    let count = parts.len();
+    let frames = parts.into_iter().enumerate().map(|(at, part)| {
+        let first = if at == 0 { FIRST } else { 0 };
+        let last = if at + 1 == count { LAST } else { 0 };
+        Frame::new(Kind::Blob, first | last, 0, request, part)
+    });
+    frames.collect()
+}
+
 /// The state of a worker for a head that is new to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
@@ -793,4 +792,59 @@ pub enum Kept {
     Stopped,
     /// The worker has terminated, and is not replaced.
     Terminated,
+}
+
+impl Kept {
+    /// What a head is told of a worker in this state, whose process has this pid. `None`: the worker reports itself when
+    /// it is ready.
+    pub fn message(self, worker: u32, pid: Option<u32>) -> Option<ToHead> {
+        Some(match (self, pid) {
+            (Kept::Idle, Some(pid)) => ToHead::WorkerUp { worker, pid },
+            (Kept::Busy, Some(pid)) => ToHead::WorkerKept { worker, pid },
+            (Kept::Stopped, _) => ToHead::WorkerStopped {
+                worker,
+                timed_out: false,
+            },
+            (Kept::Terminated, _) => ToHead::WorkerFailed {
+                worker,
+                failure: WorkerFailure {
+                    tail: "the worker ended while its host was not connected to a session, and \
+                           could not be restored"
+                        .into(),
+                    ..WorkerFailure::default()
+                },
+                replaced: false,
+            },
+            _ => return None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::control::Secret;
+
+    #[test]
+    fn an_agent_that_has_not_ended_in_time_leaves_the_directory_to_its_successor() {
+        let poll = mio::Poll::new().unwrap();
+        let plan = Linger {
+            name: format!("rustcluster-test-{}", std::process::id()),
+            key: Secret([7; 32]),
+            milliseconds: 1000,
+            generation: 1,
+        };
+        // Nobody reads from its socket, as if it were stopped.
+        let first = Lingering::start(&plan, poll.registry()).unwrap();
+        assert!(!first.is_superseded());
+        let second = Lingering::start(&plan, poll.registry()).unwrap();
+        assert!(first.is_superseded() && !second.is_superseded());
+        // Its listener has been dialled, which lets it notice that when it goes on.
+        assert!(first.listener.accept().is_ok());
+        drop(first);
+        assert!(socket(second.directory()).exists());
+        let directory = second.directory().to_owned();
+        drop(second);
+        assert!(!directory.exists());
+    }
 }

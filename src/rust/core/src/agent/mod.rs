@@ -40,9 +40,9 @@ use crate::protocol::limits::SEND_WINDOW;
 use crate::worker::channel::Channel;
 use action::Act;
 use blob_memory::{BlobMemory, Memories};
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 pub use guard::Guard;
-use linger::kept::KeptAnswers;
+use linger::kept::{ArrivingAnswer, KeptAnswers};
 use linger::{FIRST_DIALER, Lingering, Link};
 use mio::event::Event;
 use mio::unix::SourceFd;
@@ -157,7 +157,7 @@ pub struct Agent {
     lingering: Option<Lingering>,
     /// The answers to tasks of heads that have disconnected, and those that are arriving, by worker.
     kept: KeptAnswers,
-    arriving: Vec<Option<Vec<Bytes>>>,
+    arriving: Vec<ArrivingAnswer>,
     hello: Hello,
     head_pid: u32,
     guard: Guard,
@@ -290,7 +290,7 @@ impl Agent {
             link: Link::Up,
             lingering,
             kept,
-            arriving: vec![None; count as usize],
+            arriving: (0..count).map(|_| ArrivingAnswer::default()).collect(),
             hello: greeted.hello,
             head_pid: greeted.head_pid,
             unremoved: Vec::new(),
@@ -445,8 +445,14 @@ impl Agent {
                     PARENT => self.disconnect(),
                     LISTENER => {
                         let now = self.now();
+                        let mut superseded = false;
                         if let Some(lingering) = &mut self.lingering {
                             lingering.accept(self.poll.registry(), now);
+                            superseded = lingering.is_superseded();
+                        }
+                        if superseded {
+                            info!("another agent of this host has taken over");
+                            self.end();
                         }
                     }
                     Token(token) if token >= FIRST_DIALER => {

@@ -47,6 +47,12 @@ pub struct Router {
     left: Vec<Option<u64>>,
     /// Workers that the head does not know to be up.
     unknown: Vec<bool>,
+    /// Workers whose predecessors have failed since the head has been there.
+    failed: Vec<bool>,
+    /// Workers that the head has not restored yet.
+    unrestored: Vec<bool>,
+    /// Workers that were sent the random number state for a reassigned task whose message has not begun.
+    seed_ahead: Vec<bool>,
 }
 
 fn text(error: impl std::fmt::Display) -> ProtocolError {
@@ -98,6 +104,9 @@ impl Router {
             is_seed_set: vec![false; workers],
             left: vec![None; workers],
             unknown: vec![false; workers],
+            failed: vec![false; workers],
+            unrestored: vec![false; workers],
+            seed_ahead: vec![false; workers],
         }
     }
 
@@ -106,6 +115,7 @@ impl Router {
         self.worker_table.made(worker, now);
         self.replaces[worker as usize] = replaces;
         self.is_seed_set[worker as usize] = false;
+        self.seed_ahead[worker as usize] = false;
         self.blobs.made(worker);
     }
 
@@ -246,6 +256,7 @@ impl Router {
             }
             Kind::Data => {
                 if self.worker_table.to_worker(&frame.header, now)? == Route::Forward {
+                    self.seed_ahead[worker as usize] = false;
                     if header.flags & ABORT == 0 {
                         let last = header.flags & LAST != 0;
                         self.setup_log.piece(worker, &frame.body, last);
@@ -262,6 +273,8 @@ impl Router {
                         let task = self.worker_table.task(worker);
                         self.is_seed_set[worker as usize] =
                             task.is_some_and(|task| task & RESTORE != 0);
+                    } else {
+                        self.seed_ahead[worker as usize] = true;
                     }
                     acts.push(Act::ToWorker(frame));
                 } else if header.flags & REASSIGNED == 0 && header.task == 0 {
@@ -312,6 +325,7 @@ impl Router {
         };
         let len = self.blobs.len(blob)?;
         if self.worker_table.to_worker(&frame.header, now)? == Route::Forward {
+            self.seed_ahead[worker as usize] = false;
             let last = flags & LAST != 0;
             if self.setup_log.blob(worker, blob, len, last) {
                 self.blobs.retain(blob);
@@ -362,6 +376,12 @@ impl Router {
                 request,
                 call: self.setup_log.find(worker, digest),
             }),
+            ToAgent::Restores => self.unrestored.fill(true),
+            ToAgent::Restored { worker } => {
+                if let Some(unrestored) = self.unrestored.get_mut(worker as usize) {
+                    *unrestored = false;
+                }
+            }
             // A heartbeat: receiving it is enough.
             ToAgent::Alive => {}
             ToAgent::Hello(_) | ToAgent::Start(_) => {
@@ -372,10 +392,10 @@ impl Router {
     }
 
     /// Reports which set-up calls the workers have completed.
-    fn list_setup_calls(&self, acts: &mut Vec<Act>) {
+    fn list_setup_calls(&mut self, acts: &mut Vec<Act>) {
         for worker in 0..self.left.len() as u32 {
             let complete = self.setup_log.is_complete(worker);
-            let calls = self.setup_log.list(worker);
+            let calls = self.setup_log.list(worker, &self.blobs);
             let mut parts = calls.chunks(MAX_LISTED).peekable();
             let mut part: &[_] = parts.next().unwrap_or_default();
             loop {
@@ -610,14 +630,29 @@ impl Router {
         acts.push(Act::Up { worker, replaces });
     }
 
-    /// The head has disconnected. Workers end the tasks that they have begun; all others are dropped.
+    /// Whether another head has any use for the workers: half a state would silently give wrong results.
+    pub fn is_of_use(&self) -> bool {
+        self.unrestored.contains(&false)
+    }
+
+    /// The head has disconnected. Workers end the tasks that they have begun; all others are dropped. Workers that the
+    /// head has not restored are stopped.
     ///
     /// # Errors
     /// When the tasks of the head broke the protocol.
     pub fn detach(&mut self, now: Now, acts: &mut Vec<Act>) -> Result<(), ProtocolError> {
         for worker in 0..self.left.len() as u32 {
             self.prefetched.take(worker);
+            if self.unrestored[worker as usize] {
+                self.stop(worker, now, acts);
+            }
             let Some(task) = self.worker_table.task(worker) else {
+                // The message of a task may not have begun, although what comes before it has arrived.
+                self.setup_log.lost(worker);
+                if std::mem::take(&mut self.seed_ahead[worker as usize]) {
+                    let abort = Frame::new(Kind::Data, LAST | ABORT, worker, 0, Bytes::new());
+                    acts.push(Act::ToWorker(abort));
+                }
                 continue;
             };
             if self.worker_table.is_complete(worker) {
@@ -641,6 +676,7 @@ impl Router {
         let kept: Vec<Kept> = workers
             .map(|(worker, &pending)| self.worker_table.attach(worker, pending))
             .collect();
+        self.failed.fill(false);
         for (unknown, kept) in self.unknown.iter_mut().zip(&kept) {
             *unknown = matches!(kept, Kept::Busy | Kept::Starting);
         }
@@ -652,14 +688,12 @@ impl Router {
         self.unknown.get(worker as usize) == Some(&true)
     }
 
-    /// The head is told that a worker is up. Returns whether it did not know the worker before.
-    pub fn introduce(&mut self, worker: u32) -> bool {
+    /// The head is told that a worker is up, which is a replacement or not. Returns whether the head is to be told of a
+    /// replacement: it has known the worker before, or has been told of its failure.
+    pub fn introduce(&mut self, worker: u32, replaces: bool) -> bool {
         let unknown = self.unknown.get_mut(worker as usize);
-        let unknown = unknown.is_some_and(std::mem::take);
-        if unknown {
-            self.worker_table.forget_losses(worker);
-        }
-        unknown
+        let was_unknown = unknown.is_some_and(std::mem::take);
+        replaces && (!was_unknown || self.failed.get(worker as usize) == Some(&true))
     }
 
     /// The random number state of a worker, if the head can set it.
@@ -685,7 +719,11 @@ impl Router {
         self.prefetched.take(worker);
         self.left[worker as usize] = None;
         let restorable = may_replace && self.setup_log.is_complete(worker);
-        self.worker_table.exited(worker, restorable, now)
+        let ending = self.worker_table.exited(worker, restorable, now);
+        if matches!(ending, Ending::Lost { .. }) {
+            self.failed[worker as usize] = true;
+        }
+        ending
     }
 }
 

@@ -9,6 +9,7 @@
 //!
 //! Pure: this module uses no process, socket or clock.
 
+use super::blobs::BlobStore;
 use crate::protocol::frame::MAX_BODY;
 use crate::protocol::ids::BlobId;
 use crate::protocol::setup_calls::SetupCalls;
@@ -62,8 +63,8 @@ struct WorkerLog {
     incomplete: bool,
 }
 
-/// The digest of a call. The number of a blob names the same bytes on all hosts.
-fn digest(call: &LoggedCall) -> u128 {
+/// What the message of a call consists of.
+fn composition(call: &LoggedCall) -> u128 {
     let mut bytes = call.blob.unwrap_or(0).to_le_bytes().to_vec();
     for key in &call.blocks {
         bytes.extend(key.to_le_bytes());
@@ -100,6 +101,8 @@ pub struct SetupLog {
     /// Blobs without users since the last [`SetupLog::take_freed`].
     freed: Vec<BlobId>,
     workers: Vec<WorkerLog>,
+    /// The digests of messages that have been listed, by what the messages consist of.
+    digests: HashMap<u128, u128>,
     bytes: usize,
     max: usize,
 }
@@ -112,6 +115,7 @@ impl SetupLog {
             blobs: HashMap::new(),
             freed: Vec::new(),
             workers: (0..workers).map(|_| WorkerLog::default()).collect(),
+            digests: HashMap::new(),
             bytes: 0,
             max,
         }
@@ -331,17 +335,33 @@ impl SetupLog {
     }
 
     /// The calls that restore this worker, in order: their names and digests. The call that the worker is running is
-    /// the last one. Equal calls have equal digests, on all hosts.
-    pub fn list(&self, worker: u32) -> Vec<(u64, u128)> {
-        let calls = self.logged(worker);
-        calls.map(|(name, call)| (name, digest(call))).collect()
+    /// the last one. Equal calls have equal digests, on all hosts, whether or not their messages begin with blobs.
+    pub fn list(&mut self, worker: u32, blobs: &BlobStore) -> Vec<(u64, u128)> {
+        let mut digests = mem::take(&mut self.digests);
+        let calls = self.logged(worker).map(|(name, call)| {
+            let digest = digests.entry(composition(call));
+            (name, *digest.or_insert_with(|| self.digest(call, blobs)))
+        });
+        let calls = calls.collect();
+        self.digests = digests;
+        calls
     }
 
-    /// The call of this worker with this digest.
+    /// The call of this worker with this digest, which has been listed.
     pub fn find(&self, worker: u32, wanted: u128) -> Option<ReplayedCall> {
-        let mut calls = self.logged(worker);
-        let (_, call) = calls.find(|(_, call)| digest(call) == wanted)?;
+        let is_wanted = |call: &LoggedCall| self.digests.get(&composition(call)) == Some(&wanted);
+        let (_, call) = self.logged(worker).find(|(_, call)| is_wanted(call))?;
         Some(self.again(call))
+    }
+
+    /// The digest of the message of a call.
+    fn digest(&self, call: &LoggedCall, blobs: &BlobStore) -> u128 {
+        let blob = call.blob.and_then(|id| blobs.hasher(id));
+        let mut hasher = blob.unwrap_or_default();
+        for (bytes, _) in call.blocks.iter().filter_map(|key| self.blocks.get(key)) {
+            hasher.update(bytes);
+        }
+        hasher.digest128()
     }
 
     fn logged(&self, worker: u32) -> impl Iterator<Item = (u64, &LoggedCall)> {

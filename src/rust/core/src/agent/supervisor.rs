@@ -94,8 +94,7 @@ impl Agent {
         if self.router.is_unknown_to_head(worker) {
             self.report_seed(worker);
         }
-        // A head that has not known the worker before does not know of the worker that it replaces.
-        let replaces = replaces && !self.router.introduce(worker);
+        let replaces = self.router.introduce(worker, replaces);
         let message = if replaces {
             ToHead::WorkerReplaced { worker, pid }
         } else {
@@ -203,7 +202,7 @@ impl Agent {
 
     /// Handles the failure of a worker, which has ended or could not be created.
     pub(super) fn lost(&mut self, worker: u32, mut failure: WorkerFailure) {
-        self.arriving[worker as usize] = None;
+        self.arriving[worker as usize].drop_parts();
         let ending = self.router.exited(worker, !self.ending, self.now());
         let (rank, pid, exit) = (self.number(worker), failure.pid, failure.exit);
         info!(rank, pid, %exit, oom = failure.oom, ?ending, "worker ended");

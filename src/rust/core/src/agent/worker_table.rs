@@ -83,6 +83,10 @@ struct WorkerEntry {
     /// Worker failures that the head has not acknowledged yet. Until then, messages from the head
     /// are meant for the predecessor.
     unacknowledged: u32,
+    /// One of these failures has not been reported: the head learns of it with the next report on the worker.
+    unreported: bool,
+    /// The head of the current task has disconnected.
+    left: bool,
     /// How often the worker has failed since it was last ready.
     setbacks: u32,
     /// How long the worker took for the current task, once it has started to answer.
@@ -103,6 +107,7 @@ impl WorkerEntry {
     /// The worker is ready for the head's tasks.
     fn up(&mut self) {
         self.phase = WorkerPhase::Idle;
+        self.unreported = false;
         self.setbacks = 0;
         self.pause = None;
         self.progress_by = None;
@@ -207,6 +212,8 @@ impl WorkerTable {
                 given: 0,
                 came_up: false,
                 unacknowledged: 0,
+                unreported: false,
+                left: false,
                 setbacks: 0,
                 task_duration: Duration::ZERO,
                 replay_durations: VecDeque::new(),
@@ -387,6 +394,7 @@ impl WorkerTable {
                     deadline: None,
                 };
                 entry.credit = RESULT_WINDOW;
+                entry.left = false;
                 entry.offered = None;
             }
             WorkerPhase::Busy { task, .. }
@@ -664,6 +672,7 @@ impl WorkerTable {
     /// The head of a worker's task has disconnected. The worker may answer without credit.
     pub fn leave(&mut self, worker: u32) {
         if let Some(entry) = self.workers.get_mut(worker as usize) {
+            entry.left = true;
             entry.credit = usize::MAX;
             entry.offered = Some(Offer::Asked);
         }
@@ -676,9 +685,12 @@ impl WorkerTable {
             return Kept::Terminated;
         };
         entry.unacknowledged = 0;
+        entry.unreported = false;
         entry.limit = None;
         entry.passed = 0;
-        entry.given = pending;
+        // While a worker is being restored, nothing counts.
+        let counts = matches!(entry.phase, WorkerPhase::Idle | WorkerPhase::Busy { .. });
+        entry.given = if counts { pending } else { 0 };
         match entry.phase {
             _ if entry.stopping.is_some() => Kept::Stopped,
             WorkerPhase::Idle => Kept::Idle,
@@ -686,13 +698,6 @@ impl WorkerTable {
             WorkerPhase::Starting | WorkerPhase::Restoring { .. } => Kept::Starting,
             WorkerPhase::Terminated if entry.restart_at.is_some() => Kept::Starting,
             WorkerPhase::Terminated => Kept::Terminated,
-        }
-    }
-
-    /// The head does not know of the failures of this worker and its predecessors, and has sent them nothing.
-    pub fn forget_losses(&mut self, worker: u32) {
-        if let Some(entry) = self.workers.get_mut(worker as usize) {
-            entry.unacknowledged = 0;
         }
     }
 

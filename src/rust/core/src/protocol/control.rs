@@ -15,7 +15,7 @@ use std::fmt;
 use std::time::Duration;
 
 /// Version of the wire protocol. Head and agent must have the same.
-pub const PROTOCOL: u32 = 11;
+pub const PROTOCOL: u32 = 12;
 
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::config::standard()
     .with_little_endian()
@@ -272,6 +272,13 @@ pub enum ToAgent {
     DropAnswer {
         /// The number of the answer.
         number: u64,
+    },
+    /// The head restores each worker of this agent before it uses the worker: [`ToAgent::Restored`] follows then.
+    Restores,
+    /// The head has restored this worker: the worker has all set-up calls.
+    Restored {
+        /// The worker's index on its host.
+        worker: u32,
     },
 }
 

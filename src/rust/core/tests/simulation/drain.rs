@@ -16,6 +16,8 @@ impl Sim {
                     self.remove_workers(rank);
                 }
             }
+            // A cluster that lingers has no agents in batch jobs.
+            2.. if self.setup.changes > 0 => {}
             2..5 => {
                 let host = &mut self.hosts[at];
                 if host.lost {
@@ -60,7 +62,7 @@ impl Sim {
     /// Checks that a message that the head begins to send may start on this worker.
     pub fn check_draining(&self, rank: Rank, id: TaskId) {
         let known = &self.facts.workers[rank as usize];
-        let starts_anew = known.draining && self.facts.tasks[id as usize].movable;
+        let starts_anew = known.draining && self.facts.tasks[id].movable;
         assert!(
             !starts_anew || known.task_at_drain == Some(id),
             "task {id} is sent to draining worker {rank}"

@@ -135,7 +135,7 @@ impl Sim {
             ..Element::default()
         };
         let elements: Vec<Element> = (0..count).map(element).collect();
-        let like = self.facts.tasks.len() as TaskId;
+        let like = self.facts.tasks.next();
         let len = match self.rng.random_range(0..3) {
             0 => 0,
             1 => self.rng.random_range(0..200),
@@ -247,12 +247,12 @@ impl Sim {
 
     /// A message has ended or was withdrawn: it no longer contains its elements. Returns them.
     fn return_elements(&mut self, id: TaskId) -> Vec<usize> {
-        let elements = std::mem::take(&mut self.facts.tasks[id as usize].elements);
+        let elements = std::mem::take(&mut self.facts.tasks[id].elements);
         for &at in &elements {
             let out = self.open_job().elements[at].out.take();
             assert_eq!(out, Some(id), "element {at} is in another message");
         }
-        self.facts.tasks[id as usize].elements.clone_from(&elements);
+        self.facts.tasks[id].elements.clone_from(&elements);
         elements
     }
 
@@ -278,10 +278,9 @@ impl Sim {
             let before = self.moved;
             self.sweep();
             if self.moved == before {
-                let living = self.hosts.iter().filter(|host| !host.lost);
-                let next = living.filter_map(|host| host.router.worker_table.next_deadline());
+                let next = self.next_deadline();
                 let until = self.now + left;
-                self.now = next.min().map_or(until, |next| next.clamp(self.now, until));
+                self.now = next.map_or(until, |next| next.clamp(self.now, until));
                 self.tick();
             }
             return;
@@ -353,7 +352,7 @@ impl Dispatch for View<'_> {
         }
         sim.notes();
         let started = started.inspect_err(|_| assert!(sim.is_terminated(rank)))?;
-        let id = sim.facts.tasks.len() as TaskId;
+        let id = sim.facts.tasks.next();
         assert_eq!(started.task, id);
         sim.check_assigned(rank, started, false);
         let known = &mut sim.facts.workers[started.assigned as usize];
@@ -404,7 +403,7 @@ impl Dispatch for View<'_> {
     fn make_movable(&self) {
         let sim = &mut **self.0.borrow_mut();
         let id = sim.open_job().writing.expect("a message");
-        let task = &mut sim.facts.tasks[id as usize];
+        let task = &mut sim.facts.tasks[id];
         task.movable = !task.is_reassigned();
         sim.hub.make_movable();
     }
@@ -412,7 +411,7 @@ impl Dispatch for View<'_> {
     fn finish(&self) {
         let sim = &mut **self.0.borrow_mut();
         let id = sim.open_job().writing.take().expect("a message");
-        let task = &mut sim.facts.tasks[id as usize];
+        let task = &mut sim.facts.tasks[id];
         task.complete = true;
         task.scheduled = true;
         sim.outstanding[task.owner as usize].push_back(id);
@@ -428,7 +427,7 @@ impl Dispatch for View<'_> {
         sim.hub.abandon();
         sim.notes();
         assert!(
-            !sim.facts.tasks[id as usize].scheduled,
+            !sim.facts.tasks[id].scheduled,
             "abandoned task {id} is still scheduled"
         );
     }
@@ -438,7 +437,7 @@ impl Dispatch for View<'_> {
         let until = sim.now + max;
         let answer = loop {
             let tasks = &sim.facts.tasks;
-            let of_job = |id: TaskId| workers.contains(tasks[id as usize].owner);
+            let of_job = |id: TaskId| workers.contains(tasks[id].owner);
             let next = sim.ready.iter().position(|&(id, ..)| of_job(id));
             let answer = sim.hub.receive_any(workers, Duration::ZERO);
             let found = next.map(|at| (sim.ready[at].0, sim.ready[at].2));
@@ -473,7 +472,7 @@ impl Dispatch for View<'_> {
                 sim.return_elements(*task);
             }
             Answer::Lost { task, .. } => {
-                let lost = &mut sim.facts.tasks[*task as usize];
+                let lost = &mut sim.facts.tasks[*task];
                 lost.reported_failures += 1;
                 assert_eq!(lost.reported_failures, lost.failures);
                 // Later tasks wait until the engine has decided about these elements.
@@ -484,7 +483,7 @@ impl Dispatch for View<'_> {
             }
             // The engine abandons no task, so this one is of another job.
             Answer::GivenUp { task, .. } => {
-                assert!(sim.facts.tasks[*task as usize].job != sim.job);
+                assert!(sim.facts.tasks[*task].job != sim.job);
                 sim.end(*task, End::GivenUp);
             }
             answer => panic!("{answer:?}"),
@@ -495,7 +494,7 @@ impl Dispatch for View<'_> {
 
     fn revoke(&self, task: TaskId) {
         let sim = &mut **self.0.borrow_mut();
-        sim.facts.tasks[task as usize].revoke_requested = true;
+        sim.facts.tasks[task].revoke_requested = true;
         sim.hub.revoke(task);
         sim.notes();
     }
@@ -568,7 +567,7 @@ impl Codec for Elements<'_, '_> {
             0 => sim.rng.random_range(0..3 * MAX_BODY),
             _ => sim.rng.random_range(0..2_000),
         };
-        let task = &mut sim.facts.tasks[id as usize];
+        let task = &mut sim.facts.tasks[id];
         assert_eq!(task.assigned, rank);
         task.prefix = prefix;
         task.len = prefix.1 + rest;
@@ -587,7 +586,7 @@ impl Codec for Elements<'_, '_> {
         if !stops {
             sim.hub.write(&message[cut..]);
         }
-        sim.facts.tasks[id as usize].scheduled = sim.hub.expects(id);
+        sim.facts.tasks[id].scheduled = sim.hub.expects(id);
         sim.notes();
         if stops {
             return Err(Stop::Interrupted);
@@ -614,7 +613,7 @@ impl Codec for Elements<'_, '_> {
 
     fn take(&mut self, on: Rank, task: TaskId, tasks: &[usize], body: Body) -> Result<Taken, Stop> {
         let sim = &mut **self.0.0.borrow_mut();
-        let known = &sim.facts.tasks[task as usize];
+        let known = &sim.facts.tasks[task];
         assert_eq!(known.assigned, on);
         assert_eq!(known.elements, tasks, "the answer is for other elements");
         assert_eq!(known.end, Some(End::Answer));
@@ -644,7 +643,7 @@ impl Codec for Elements<'_, '_> {
 
     fn lost(&mut self, failure: &BatchLoss, again: &[usize]) {
         let sim = &mut **self.0.0.borrow_mut();
-        let lost = &sim.facts.tasks[failure.task as usize];
+        let lost = &sim.facts.tasks[failure.task];
         assert_eq!(
             (lost.assigned, lost.end),
             (failure.assigned, Some(End::Forgotten))

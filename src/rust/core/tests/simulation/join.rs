@@ -3,7 +3,7 @@
 
 use crate::Sim;
 use crate::host::Host;
-use crate::parts::{Effect, End, Task, WorkerFacts, digest};
+use crate::parts::{Effect, End, Task, WorkerFacts, digest, part};
 use rand::Rng;
 use rustcluster_core::head::hub::{Plan, Progress, Turn};
 use rustcluster_core::head::launch::{Launch, Source};
@@ -32,13 +32,13 @@ pub enum Keeps {
 }
 
 /// A path for the file of a set-up log, which is unlinked at once.
-fn log_path() -> PathBuf {
+pub fn log_path() -> PathBuf {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let next = NEXT.fetch_add(1, Ordering::Relaxed);
     std::env::temp_dir().join(format!("rustcluster-sim-{}-{next}", std::process::id()))
 }
 
-fn hello() -> Hello {
+pub fn hello() -> Hello {
     Hello {
         protocol: 0,
         package: String::new(),
@@ -53,7 +53,7 @@ fn hello() -> Hello {
     }
 }
 
-fn plan(ranks: &[Rank], (chunk_cache, setup_log_limit): (usize, usize)) -> Plan {
+pub fn plan(ranks: &[Rank], (chunk_cache, setup_log_limit): (usize, usize)) -> Plan {
     Plan {
         start: Start {
             workers: ranks.len() as u32,
@@ -89,7 +89,7 @@ fn effect_of(task: TaskId, parts: &[bytes::Bytes]) -> Effect {
 }
 
 impl Sim {
-    fn bounds(&self) -> (usize, usize) {
+    pub fn bounds(&self) -> (usize, usize) {
         let setup = &self.setup;
         (setup.chunk_cache.unwrap_or(0), setup.setup_log_limit)
     }
@@ -107,7 +107,8 @@ impl Sim {
         }
         self.hub.limit_all(self.setup.timeout);
         for at in 0..self.hosts.len() {
-            if keeps != Keeps::Nothing && self.rng.random() {
+            let dials = keeps != Keeps::Nothing && self.rng.random();
+            if dials && self.setup.changes == 0 {
                 self.hub.set_dials(at);
             }
             let late = keeps != Keeps::Nothing && self.rng.random_ratio(1, 3);
@@ -155,7 +156,8 @@ impl Sim {
         let host = &mut self.hosts[at];
         host.lost = true;
         host.served = true;
-        host.over = !self.hub.agent_ended(at, reason);
+        // Before the take-over, a fresh agent would not get the set-up calls.
+        host.over = !self.hub.agent_ended(at, reason) || self.change.is_new;
         self.notes();
         let ranks = &self.hosts[at].ranks;
         assert!(ranks.iter().all(|&rank| self.is_terminated(rank)));
@@ -225,7 +227,7 @@ impl Sim {
                 }
             }
             self.catch_up(rank);
-            for task in &mut self.facts.tasks {
+            for task in self.facts.tasks.iter_mut() {
                 if task.end.is_none() && (task.owner == rank || task.assigned == rank) {
                     task.first_seed = None;
                 }
@@ -268,17 +270,27 @@ impl Sim {
 
     /// R makes a set-up call on all workers that there are or that may come.
     pub fn set_up_all(&mut self) {
-        let first = self.facts.tasks.len() as TaskId;
+        let first = self.facts.tasks.next();
         // The messages of other set-up calls have even lengths.
         let len = self.rng.random_range(0..MAX_COMMON_CALL / 2) * 2 + 1;
         let job = self.job;
         let name = Effect::of_task(first, len).name();
+        let made = self.rng.random::<bool>().then(|| {
+            let all: Vec<Rank> = (0..self.setup.workers as Rank).collect();
+            let (blob, count) = (self.hub.begin_blob(&all, true), len / 2);
+            self.hub.write(&part(first, false, 0, count));
+            self.hub.finish_blob();
+            (blob, count)
+        });
+        self.notes();
         for owner in 0..self.setup.workers as Rank {
             if self.is_terminated(owner) && !self.hub.is_awaited(owner) {
                 continue;
             }
-            let id = self.facts.tasks.len() as TaskId;
-            let started = self.hub.begin(owner, job, Some(name), Turn::Last, |_| None);
+            let id = self.facts.tasks.next();
+            let started = self.hub.begin(owner, job, Some(name), Turn::Last, |_| {
+                made.map(|made| made.0)
+            });
             self.withdraw_stale(owner, job);
             self.notes();
             let started = started.expect("a worker");
@@ -297,7 +309,7 @@ impl Sim {
                 prefix: (first, len),
                 ..Task::new(id)
             });
-            self.write(id, started, None, false);
+            self.write(id, started, made, false);
             while self.writing.is_some() {
                 self.write_chunk();
                 if self.rng.random_ratio(1, 4) {
@@ -305,6 +317,10 @@ impl Sim {
                     self.pump(at);
                 }
             }
+        }
+        if let Some((blob, _)) = made {
+            self.hub.drop_blob(blob);
+            self.notes();
         }
         self.facts.seen.common_calls += 1;
     }
@@ -318,7 +334,7 @@ impl Sim {
         let count = self.rng.random_range(1..=2);
         let launches = (0..count).map(|_| Launch {
             host: String::new(),
-            source: match self.rng.random() {
+            source: match self.rng.random::<bool>() && self.setup.changes == 0 {
                 true => Source::DialBack { launcher: 0 },
                 false => Source::Command {
                     command: Vec::new(),
@@ -437,7 +453,7 @@ impl Sim {
     }
 
     /// The set-up calls that would restore a worker now.
-    fn logged(&self, rank: Rank) -> Vec<Effect> {
+    pub fn logged(&self, rank: Rank) -> Vec<Effect> {
         let calls = self.hub.logged_setup_calls(rank).expect("a mapping");
         calls.iter().map(|parts| effect_of(0, parts)).collect()
     }
@@ -457,7 +473,11 @@ impl Sim {
     }
 
     /// Checks the set-up calls of a new worker: those that all members have completed, in their order.
-    fn check_common(&self, calls: &[Effect], (members, of_one): &(BTreeSet<Rank>, Vec<Effect>)) {
+    pub fn check_common(
+        &self,
+        calls: &[Effect],
+        (members, of_one): &(BTreeSet<Rank>, Vec<Effect>),
+    ) {
         if members.is_empty() {
             return;
         }
@@ -529,6 +549,6 @@ impl Sim {
 
     fn forget_removed(&mut self, id: TaskId) {
         self.withdraw(id);
-        self.facts.tasks[id as usize].end = Some(End::Removed);
+        self.facts.tasks[id].end = Some(End::Removed);
     }
 }

@@ -5,10 +5,11 @@ use bytes::{Buf, Bytes, BytesMut};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use rustcluster_core::head::retry::Attempts;
-use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{JobId, KEEP, Rank, TaskId};
 use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::ops::{Index, IndexMut};
 use std::sync::OnceLock;
 use std::time::Duration;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
@@ -209,6 +210,90 @@ pub enum End {
     Removed,
     /// A set-up call of a worker that had not joined: it was logged.
     Logged,
+    /// The head has vanished.
+    Vanished,
+}
+
+/// The numbers of the tasks of a head begin with this multiple of its generation.
+const GENERATION_BITS: u32 = 36;
+
+/// The head that has numbered a task.
+pub fn generation(id: TaskId) -> usize {
+    ((id & !KEEP) >> GENERATION_BITS) as usize
+}
+
+/// The facts about the tasks of all heads, by their numbers. All but the index is about the tasks of the present head.
+pub struct Tasks(Vec<Vec<Task>>);
+
+impl Tasks {
+    /// The tasks of the first head: none.
+    pub fn new() -> Tasks {
+        let mut tasks = Tasks(Vec::new());
+        tasks.next_head();
+        tasks
+    }
+
+    /// Another head begins to number tasks.
+    pub fn next_head(&mut self) {
+        // The numbers begin with 1.
+        self.0.push(vec![Task {
+            end: Some(End::Cancelled),
+            ..Task::new(0)
+        }]);
+    }
+
+    /// The number of heads before the present one.
+    pub fn generation(&self) -> usize {
+        self.0.len() - 1
+    }
+
+    fn present(&self) -> &Vec<Task> {
+        &self.0[self.0.len() - 1]
+    }
+
+    /// The number of the next task.
+    pub fn next(&self) -> TaskId {
+        ((self.generation() as TaskId) << GENERATION_BITS) + self.present().len() as TaskId
+    }
+
+    pub fn len(&self) -> usize {
+        self.present().len()
+    }
+
+    pub fn push(&mut self, task: Task) {
+        let last = self.generation();
+        self.0[last].push(task);
+    }
+
+    pub fn get(&self, id: TaskId) -> Option<&Task> {
+        self.0
+            .get(generation(id))?
+            .get((id & !KEEP) as usize & ((1 << GENERATION_BITS) - 1))
+    }
+
+    pub fn iter(&self) -> std::slice::Iter<'_, Task> {
+        self.present().iter()
+    }
+
+    pub fn iter_mut(&mut self) -> std::slice::IterMut<'_, Task> {
+        let last = self.generation();
+        self.0[last].iter_mut()
+    }
+}
+
+impl Index<TaskId> for Tasks {
+    type Output = Task;
+
+    fn index(&self, id: TaskId) -> &Task {
+        self.get(id).expect("a task")
+    }
+}
+
+impl IndexMut<TaskId> for Tasks {
+    fn index_mut(&mut self, id: TaskId) -> &mut Task {
+        let at = (id & !KEEP) as usize & ((1 << GENERATION_BITS) - 1);
+        &mut self.0[generation(id)][at]
+    }
 }
 
 /// The facts about a task.
@@ -324,6 +409,9 @@ pub struct WorkerFacts {
     pub reported_seeds: Vec<Bytes>,
     /// The highest `order` of the tasks that have started: its own tasks start in order.
     pub last_started: TaskId,
+    /// Its own tasks start in order from this one on: none do after the worker was restarted after a pause, because R
+    /// may send others before it decides on those that were lost.
+    pub ordered_from: TaskId,
     /// R knows that it has terminated and is not replaced.
     pub is_terminated: bool,
     /// Its agent restarts it after a pause.
@@ -368,6 +456,7 @@ impl WorkerFacts {
             seed: Bytes::new(),
             reported_seeds: vec![Bytes::new()],
             last_started: 0,
+            ordered_from: 0,
             is_terminated: false,
             awaits_restart: false,
             was_ready: false,
@@ -397,6 +486,23 @@ impl WorkerFacts {
         }
     }
 
+    /// Another head knows nothing of it.
+    pub fn next_head(&mut self) {
+        self.reported_seeds = vec![Bytes::new()];
+        self.restored_seeds.clear();
+        self.logged.clear();
+        self.is_terminated = false;
+        self.awaits_restart = false;
+        self.is_away = false;
+        self.is_of_host = false;
+        self.is_late = false;
+        (self.current, self.prefetched) = (None, None);
+        self.prefetched_at_failure = None;
+        self.unacknowledged = 0;
+        self.draining = false;
+        self.task_at_drain = None;
+    }
+
     /// Another agent starts it anew.
     pub fn begin_again(&mut self) {
         self.effects.clear();
@@ -415,7 +521,7 @@ impl WorkerFacts {
 
 /// The facts about the whole cluster.
 pub struct Facts {
-    pub tasks: Vec<Task>,
+    pub tasks: Tasks,
     pub workers: Vec<WorkerFacts>,
     pub retries: usize,
     pub seen: Seen,
@@ -497,10 +603,23 @@ pub struct Seen {
     pub not_added: usize,
     /// Jobs with workers that had not joined.
     pub jobs_with_absent: usize,
+    /// Heads that took a cluster over, those that vanished before they had, and heads that found no agent.
+    pub taken_over: usize,
+    pub vanished_early: usize,
+    pub found_none: usize,
+    /// Workers that had a task of the head before, and tasks of a head before that started without it.
+    pub kept_workers: usize,
+    pub started_without_head: usize,
+    /// Workers of the head before that had set-up calls, and lost ones whose calls the head has from others.
+    pub taken_over_with_calls: usize,
+    pub lost_with_calls: usize,
+    /// Calls for any worker, and answers that were kept and taken.
+    pub calls: usize,
+    pub kept_answers: usize,
 }
 
 impl Seen {
-    pub fn counts(&self) -> [usize; 46] {
+    pub fn counts(&self) -> [usize; 55] {
         [
             self.answers,
             self.cancelled,
@@ -548,6 +667,15 @@ impl Seen {
             self.added,
             self.not_added,
             self.jobs_with_absent,
+            self.taken_over,
+            self.vanished_early,
+            self.found_none,
+            self.kept_workers,
+            self.started_without_head,
+            self.taken_over_with_calls,
+            self.lost_with_calls,
+            self.calls,
+            self.kept_answers,
         ]
     }
 
@@ -600,6 +728,15 @@ impl Seen {
             &mut self.added,
             &mut self.not_added,
             &mut self.jobs_with_absent,
+            &mut self.taken_over,
+            &mut self.vanished_early,
+            &mut self.found_none,
+            &mut self.kept_workers,
+            &mut self.started_without_head,
+            &mut self.taken_over_with_calls,
+            &mut self.lost_with_calls,
+            &mut self.calls,
+            &mut self.kept_answers,
         ];
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             *ours += theirs;

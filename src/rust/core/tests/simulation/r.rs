@@ -11,7 +11,7 @@ use rustcluster_core::head::scheduler::events::{Demand, Note, Outcome, Terminati
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::dedup::Chunk;
 use rustcluster_core::protocol::frame::MAX_BODY;
-use rustcluster_core::protocol::ids::{BlobId, JobId, RESTORE, Rank, TaskId};
+use rustcluster_core::protocol::ids::{BlobId, JobId, KEEP, RESTORE, Rank, TaskId};
 use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
 use std::time::Duration;
 
@@ -97,7 +97,7 @@ impl Sim {
         } else {
             self.job
         };
-        let id = self.facts.tasks.len() as TaskId;
+        let id = self.facts.tasks.next();
         let faults = self.setup.faults > 0 && !harmless;
         let mut len = self.size(false);
         let answer_len = self.size(true);
@@ -178,8 +178,7 @@ impl Sim {
             return;
         }
         assert!(!setup_call, "a set-up call is reassigned");
-        let is_on_same_worker =
-            |&&id: &&TaskId| self.facts.tasks[id as usize].assigned == started.assigned;
+        let is_on_same_worker = |&&id: &&TaskId| self.facts.tasks[id].assigned == started.assigned;
         let reassigned = self.outstanding[owner as usize]
             .iter()
             .find(is_on_same_worker);
@@ -195,7 +194,7 @@ impl Sim {
             return;
         }
         let outstanding = self.outstanding[owner as usize].iter().copied();
-        let stale = outstanding.filter(|&task| self.facts.tasks[task as usize].job != job);
+        let stale = outstanding.filter(|&task| self.facts.tasks[task].job != job);
         for task in stale.collect::<Vec<_>>() {
             self.withdraw(task);
         }
@@ -209,7 +208,7 @@ impl Sim {
         made: Option<(BlobId, usize)>,
         retried: bool,
     ) {
-        let task = &mut self.facts.tasks[id as usize];
+        let task = &mut self.facts.tasks[id];
         task.assigned = started.assigned;
         task.complete = false;
         task.started = false;
@@ -298,13 +297,13 @@ impl Sim {
     /// The task whose message this one is like. All of the message is like that of another task, or only its blob, which
     /// is sent in other ways.
     fn begins_like(&self, task: TaskId) -> TaskId {
-        match self.facts.tasks.get(task as usize) {
+        match self.facts.tasks.get(task) {
             Some(known) if known.prefix.1 == known.len => known.prefix.0,
             _ => task,
         }
     }
 
-    fn chunk(&self, task: TaskId, at: usize, n: usize) -> Chunk {
+    pub fn chunk(&self, task: TaskId, at: usize, n: usize) -> Chunk {
         let like = self.begins_like(task);
         let number = (origin(like, false) + at) as u128 * MAX_BODY as u128 * 2 + n as u128;
         Chunk {
@@ -319,7 +318,7 @@ impl Sim {
             return;
         };
         let id = writing.task;
-        let task = &mut self.facts.tasks[id as usize];
+        let task = &mut self.facts.tasks[id];
         let left = task.len - writing.sent;
         let n = if self.setup.whole_chunks || self.rng.random() {
             left.min(MAX_BODY)
@@ -360,13 +359,13 @@ impl Sim {
         self.withdraw(writing.task);
         self.hub.abandon();
         self.notes();
-        let open = self.facts.tasks[writing.task as usize].scheduled;
+        let open = self.facts.tasks[writing.task].scheduled;
         assert!(!open, "abandoned task {} is still scheduled", writing.task);
     }
 
     /// Records the end of a task for R.
     pub fn end(&mut self, id: TaskId, end: End) {
-        let task = &mut self.facts.tasks[id as usize];
+        let task = &mut self.facts.tasks[id];
         assert_eq!(task.end, None, "task {id} ends for R again: {end:?}");
         task.end = Some(end);
         let owner = task.owner;
@@ -377,7 +376,7 @@ impl Sim {
     pub fn withdraw(&mut self, id: TaskId) {
         self.end(id, End::Cancelled);
         self.ready.retain(|&(other, ..)| other != id);
-        let rank = self.facts.tasks[id as usize].assigned;
+        let rank = self.facts.tasks[id].assigned;
         if self.arriving.get(&rank).is_some_and(|&(at, _)| at == id) {
             self.arriving.remove(&rank);
         }
@@ -385,13 +384,13 @@ impl Sim {
 
     /// R cancels all tasks of a job.
     pub fn cancel_job(&mut self, job: JobId) {
-        let is_of_job = |writing: &Message| self.facts.tasks[writing.task as usize].job == job;
+        let is_of_job = |writing: &Message| self.facts.tasks[writing.task].job == job;
         // Sometimes while the message of another job is being written.
         if self.writing.as_ref().is_some_and(is_of_job) || self.rng.random() {
             self.abandon();
         }
         let outstanding = self.outstanding.iter().flatten().copied();
-        let matching = outstanding.filter(|&task| self.facts.tasks[task as usize].job == job);
+        let matching = outstanding.filter(|&task| self.facts.tasks[task].job == job);
         let matching: Vec<TaskId> = matching.collect();
         for &task in &matching {
             self.withdraw(task);
@@ -399,7 +398,7 @@ impl Sim {
         self.hub.cancel_job(job);
         self.notes();
         for task in matching {
-            let open = self.facts.tasks[task as usize].scheduled;
+            let open = self.facts.tasks[task].scheduled;
             assert!(!open, "task {task} outlives its job");
         }
     }
@@ -415,7 +414,7 @@ impl Sim {
         if self.writing.as_ref().is_some_and(|w| w.task == id) {
             return;
         }
-        let task = &mut self.facts.tasks[id as usize];
+        let task = &mut self.facts.tasks[id];
         task.revoke_requested = true;
         self.hub.revoke(id);
         self.notes();
@@ -428,11 +427,11 @@ impl Sim {
         };
         let &front = self.outstanding[owner as usize].front()?;
         let tasks = &self.facts.tasks;
-        let job = tasks[front as usize].job;
+        let job = tasks[front].job;
         let found = self.ready.iter().position(|&(task, ..)| task == front);
         found.or_else(|| {
             self.ready.iter().position(|&(task, _, ready)| {
-                ready == Ready::Lost && job != 0 && tasks[task as usize].job == job
+                ready == Ready::Lost && job != 0 && tasks[task].job == job
             })
         })
     }
@@ -495,7 +494,7 @@ impl Sim {
     fn decide_retry(&mut self, id: TaskId, termination: &Termination) {
         // R finishes the message that it writes before it waits.
         assert!(self.writing.is_none());
-        let task = &mut self.facts.tasks[id as usize];
+        let task = &mut self.facts.tasks[id];
         task.reported_failures += 1;
         assert_eq!(task.reported_failures, task.failures);
         let policy = Policy::new(self.facts.retries);
@@ -546,7 +545,7 @@ impl Sim {
     fn fail(&mut self, id: TaskId) {
         self.resume = None;
         self.end(id, End::Error);
-        let task = &self.facts.tasks[id as usize];
+        let task = &self.facts.tasks[id];
         let job = task.job;
         self.hub.forget(id);
         if job != 0 {
@@ -562,7 +561,7 @@ impl Sim {
             Some(Waiting::Any) => Demand::AnyOf((0..self.facts.workers.len() as Rank).collect()),
             Some(Waiting::For(owner)) => {
                 let front = self.outstanding[owner as usize].front();
-                let rank = front.map(|&task| self.facts.tasks[task as usize].assigned);
+                let rank = front.map(|&task| self.facts.tasks[task].assigned);
                 Demand::Rank(rank.unwrap_or(owner))
             }
         };
@@ -690,13 +689,14 @@ impl Sim {
                     assert!(ranks.all(|&rank| self.is_terminated(rank)));
                     self.facts.seen.drained += 1;
                 }
-                // The simulated agents restart no worker after a pause, and no host is given back.
-                Note::Back { .. }
-                | Note::GivenBack { .. }
-                | Note::Kept { .. }
-                | Note::SetupCalls { .. }
-                | Note::SetupCall { .. }
-                | Note::KeptAnswers { .. }
+                Note::Back { rank, .. } => self.restarted(rank),
+                Note::Kept { rank, .. } => {
+                    assert!(!self.facts.workers[rank as usize].is_terminated);
+                    self.facts.seen.kept_workers += 1;
+                }
+                Note::SetupCalls { .. } | Note::SetupCall { .. } | Note::KeptAnswers { .. } => {}
+                // No host is given back.
+                Note::GivenBack { .. }
                 | Note::Output { .. }
                 | Note::Usage { .. }
                 | Note::Dump { .. }
@@ -709,6 +709,7 @@ impl Sim {
             }
         }
         assert_eq!(lost, None, "the loss of a task is not reported");
+        self.forget_calls();
         self.check_arrivals();
         self.take();
         self.check_buffered();
@@ -729,7 +730,10 @@ impl Sim {
             }
             return;
         }
-        let task = &mut self.facts.tasks[id as usize];
+        if id & KEEP != 0 {
+            return self.call_ended(rank, id, &outcome);
+        }
+        let task = &mut self.facts.tasks[id];
         let known = &mut self.facts.workers[rank as usize];
         assert!(task.scheduled, "task {id} ended twice: {outcome:?}");
         task.scheduled = false;
@@ -818,7 +822,7 @@ impl Sim {
             all += len;
             if len > RESULT_WINDOW {
                 large += len - RESULT_WINDOW;
-                let rank = self.facts.tasks[task as usize].assigned;
+                let rank = self.facts.tasks[task].assigned;
                 others += usize::from(self.facts.workers[rank as usize].had_reassigned);
             }
         }
@@ -830,7 +834,8 @@ impl Sim {
             TakeOrder::ByRank if self.facts.seen.jobs > 0 => 2,
             _ => 1,
         };
-        let max = self.setup.limit + GRANT + (demanded + others) * (LARGEST + GRANT);
+        let max =
+            self.setup.limit + GRANT + (demanded + others + self.change.calls) * (LARGEST + GRANT);
         if !self.setup.blocking {
             assert!(large <= max, "{large} bytes of large results, max {max}");
         }

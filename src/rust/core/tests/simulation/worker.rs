@@ -1,6 +1,6 @@
 //! Simulated workers: do in steps what `worker/channel.rs` and R do.
 
-use crate::parts::{Effect, Facts, OnInterrupt, Pipe, RngUse, digest, part};
+use crate::parts::{Effect, Facts, OnInterrupt, Pipe, RngUse, digest, generation, part};
 use bytes::{Bytes, BytesMut};
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -86,6 +86,8 @@ pub struct Process {
     /// has received a part of its answer.
     pub complete: Option<(TaskId, Now)>,
     pub answering: bool,
+    /// The agent has kept all of its answer so far.
+    pub kept_from_start: bool,
 }
 
 impl Process {
@@ -126,6 +128,7 @@ impl Process {
             bytes_from_agent: 0,
             complete: None,
             answering: false,
+            kept_from_start: false,
         }
     }
 
@@ -246,7 +249,7 @@ impl Worker {
         let again = is_repeated(task);
         if flags & FIRST != 0 {
             assert!(self.incoming.is_none(), "a message within a message");
-            let setup_call = again || facts.tasks[task as usize].effect.is_some();
+            let setup_call = again || facts.tasks[task].effect.is_some();
             self.incoming = Some(Incoming {
                 task,
                 at: 0,
@@ -256,7 +259,7 @@ impl Worker {
         let incoming = self.incoming.as_mut().expect("a chunk of no task");
         assert_eq!(incoming.task, task);
         if !again {
-            let (like, max) = facts.tasks[task as usize].prefix;
+            let (like, max) = facts.tasks[task].prefix;
             let n = body.len().min(max.saturating_sub(incoming.at));
             let begin = part(like, false, incoming.at, n);
             let rest = part(task, false, incoming.at + n, body.len() - n);
@@ -302,7 +305,7 @@ impl Worker {
             return false;
         }
         self.check_start(task, facts, rank);
-        let state = &mut facts.tasks[task as usize];
+        let state = &mut facts.tasks[task];
         assert_eq!(at, state.len);
         assert_eq!(effect, state.effect);
         running.len = state.answer_len;
@@ -322,10 +325,13 @@ impl Worker {
             // assigned to another one by now.
             return;
         }
-        let owner = facts.tasks[id as usize].owner;
+        if generation(id) < facts.tasks.generation() {
+            return self.check_start_for_nobody(id, facts, rank);
+        }
+        let owner = facts.tasks[id].owner;
         let reported_seeds = facts.workers[owner as usize].reported_seeds.clone();
         let known = &mut facts.workers[rank as usize];
-        let task = &mut facts.tasks[id as usize];
+        let task = &mut facts.tasks[id];
         assert_eq!(task.assigned, rank);
         assert!(task.complete);
         assert!(!task.revoked, "revoked task {id} starts");
@@ -365,8 +371,14 @@ impl Worker {
         } else {
             assert!(self.own.is_none());
             let order = task.order.unwrap_or(known.last_started);
-            assert!(order >= known.last_started, "tasks start out of order");
-            known.last_started = order;
+            if order >= known.ordered_from {
+                assert!(
+                    order >= known.last_started,
+                    "task {id} starts on worker {rank} after task {}",
+                    known.last_started
+                );
+                known.last_started = order;
+            }
         }
         match &task.first_seed {
             Some((seed, count)) if !task.is_reassigned() || *count == reported_seeds.len() => {
@@ -380,6 +392,27 @@ impl Worker {
             Some(_) => {}
             None => task.first_seed = Some((self.seed.clone(), reported_seeds.len())),
         }
+    }
+
+    /// Checks the state in which a task of a head that has vanished starts.
+    fn check_start_for_nobody(&self, id: TaskId, facts: &mut Facts, rank: Rank) {
+        let known = &mut facts.workers[rank as usize];
+        let task = &mut facts.tasks[id];
+        assert!(task.complete);
+        assert!(!std::mem::replace(&mut task.started, true), "started twice");
+        assert_eq!(digest(&self.effects), digest(&known.effects));
+        let seed = self.own.as_ref().unwrap_or(&self.seed);
+        if known.other_seeds.contains(seed) {
+            known.seed = seed.clone();
+        }
+        assert_eq!(seed, &known.seed);
+        facts.seen.started_without_head += 1;
+    }
+
+    /// A stuck task ends at last.
+    pub fn unstick(&mut self) -> bool {
+        let running = self.running.as_mut();
+        running.is_some_and(|running| std::mem::take(&mut running.stuck))
     }
 
     fn on_cancel(&mut self, task: TaskId, rng: &mut StdRng) {
@@ -460,7 +493,7 @@ impl Worker {
             let after = running.rng_use.after(&self.seed, task, rng.random());
             if after != self.seed {
                 if !again && !facts.workers[rank as usize].is_terminated {
-                    facts.tasks[task as usize].seed_after = Some(after.clone());
+                    facts.tasks[task].seed_after = Some(after.clone());
                 }
                 let flags = if self.own.is_some() { REASSIGNED } else { 0 };
                 self.out

@@ -1,7 +1,7 @@
 //! Answers to tasks of heads that have disconnected, which the next head may take. They are kept in memory up to a
 //! limit, and beyond it in files in the directory of the agent's socket.
 
-use crate::protocol::frame::MAX_BODY;
+use crate::protocol::frame::{FIRST, LAST, MAX_BODY};
 use crate::protocol::ids::TaskId;
 use bytes::Bytes;
 use std::fs::{self, File};
@@ -96,6 +96,27 @@ impl KeptAnswers {
             Stored::Memory(body) => self.bytes -= body.iter().map(Bytes::len).sum::<usize>(),
             Stored::File(path) => drop(fs::remove_file(path)),
         }
+    }
+}
+
+/// The answer of a worker that is arriving from it while there is no head.
+#[derive(Debug, Default)]
+pub struct ArrivingAnswer(Option<Vec<Bytes>>);
+
+impl ArrivingAnswer {
+    /// Takes the next part, from a frame with these flags. Returns the answer once it is complete; an answer whose first
+    /// part was sent to the head is never complete.
+    pub fn take(&mut self, flags: u8, parts: Vec<Bytes>) -> Option<Vec<Bytes>> {
+        if flags & FIRST != 0 {
+            self.0 = Some(Vec::new());
+        }
+        self.0.as_mut()?.extend(parts);
+        self.0.take_if(|_| flags & LAST != 0)
+    }
+
+    /// The worker has ended.
+    pub fn drop_parts(&mut self) {
+        self.0 = None;
     }
 }
 

@@ -468,7 +468,8 @@ fn a_task_that_has_begun_is_ended_without_its_head() {
         acts[..],
         [Act::Keep(_), Act::Up { worker: 0, .. }]
     ));
-    assert!(router.introduce(0) && !router.introduce(0));
+    assert!(!router.introduce(0, false) && !router.is_unknown_to_head(0));
+    assert!(router.introduce(0, true));
     let acts = from_head(&mut router, data(1 << 36, b"task"));
     assert!(matches!(&acts[..], [Act::ToWorker(frame)] if frame.header.task == 1 << 36));
     let acts = from_worker(&mut router, &[data(1 << 36, b"answer")]);
@@ -526,4 +527,101 @@ fn set_up_calls_survive_their_head_and_can_be_listed() {
     assert_eq!(call.as_ref().unwrap().pieces, [&b"call"[..]]);
     let acts = from_head(&mut router, control::encode(&ask(1)).unwrap());
     assert!(matches!(acts[..], [Act::SendCall { call: None, .. }]));
+}
+
+#[test]
+fn what_comes_before_a_message_is_dropped_with_its_head() {
+    let mut router = up();
+    let name = Bytes::copy_from_slice(&7u64.to_le_bytes());
+    let seed = Frame::new(Kind::Seed, REASSIGNED, 0, 1, Bytes::from_static(b"seed"));
+    from_head(&mut router, seed);
+    from_head(&mut router, Frame::new(Kind::State, 0, 0, 1, name));
+    let mut acts = Vec::new();
+    router.detach(Duration::ZERO, &mut acts).unwrap();
+    // The worker forgets the seed.
+    let is_abort = |frame: &Frame| frame.header.flags == LAST | ABORT;
+    assert!(matches!(&acts[..], [Act::ToWorker(frame)] if is_abort(frame)));
+    router.attach(0, &[0]);
+    // The first task of the next head is no set-up call.
+    from_head(&mut router, data(1 << 36, b"task"));
+    from_worker(&mut router, &[data(1 << 36, b"answer")]);
+    let acts = from_head(&mut router, control::encode(&ToAgent::SetupLog).unwrap());
+    assert!(
+        matches!(&acts[..], [Act::Report(ToHead::SetupCalls { calls, .. })] if calls.is_empty())
+    );
+    // Nothing is left that another head would have to drop.
+    let mut acts = Vec::new();
+    router.detach(Duration::ZERO, &mut acts).unwrap();
+    assert!(acts.is_empty());
+}
+
+#[test]
+fn workers_that_were_not_restored_are_stopped_with_their_head() {
+    let mut router = up();
+    let control = |message| control::encode(&message).unwrap();
+    from_head(&mut router, control(ToAgent::Restores));
+    assert!(!router.is_of_use());
+    from_head(&mut router, data(RESTORE | 1, b"call"));
+    let mut acts = Vec::new();
+    router.detach(Duration::ZERO, &mut acts).unwrap();
+    assert!(matches!(
+        acts[..],
+        [
+            Act::Interrupt { worker: 0, .. },
+            Act::Close(0),
+            Act::ReadAgain(0)
+        ]
+    ));
+    assert_eq!(router.attach(0, &[0]), [Kept::Stopped]);
+
+    let mut router = up();
+    from_head(&mut router, control(ToAgent::Restores));
+    from_head(&mut router, control(ToAgent::Restored { worker: 0 }));
+    assert!(router.is_of_use());
+    router.detach(Duration::ZERO, &mut Vec::new()).unwrap();
+    assert_eq!(router.attach(0, &[0]), [Kept::Idle]);
+}
+
+#[test]
+fn a_worker_that_a_head_knows_is_replaced_and_not_introduced_again() {
+    let mut router = up();
+    from_head(&mut router, data(1, b"task"));
+    router.detach(Duration::ZERO, &mut Vec::new()).unwrap();
+    assert_eq!(router.attach(0, &[0]), [Kept::Busy]);
+    from_worker(&mut router, &[data(1, b"answer")]);
+    assert!(!router.introduce(0, false));
+    // It does not heed an interrupt, and is killed.
+    from_head(&mut router, data(1 << 36, b"task"));
+    let task = 1 << 36;
+    let cancel = ToAgent::Cancel { worker: 0, task };
+    from_head(&mut router, control::encode(&cancel).unwrap());
+    assert_eq!(router.exited(0, true, Duration::ZERO), Ending::Replace);
+    assert!(router.introduce(0, true));
+}
+
+#[test]
+fn a_call_has_the_same_digest_with_and_without_a_blob() {
+    let mut router = up();
+    let name = Bytes::copy_from_slice(&0u64.to_le_bytes());
+    let blob = Frame::new(Kind::Blob, FIRST | LAST, 0, 5, Bytes::from_static(b"same "));
+    from_head(&mut router, blob);
+    for (task, begins) in [(1, true), (2, false)] {
+        from_head(
+            &mut router,
+            Frame::new(Kind::State, 0, 0, task, name.clone()),
+        );
+        if begins {
+            from_head(&mut router, Frame::blob_reference(0, task, 5, false));
+            let rest = Frame::new(Kind::Data, LAST, 0, task, Bytes::from_static(b"call"));
+            from_head(&mut router, rest);
+        } else {
+            from_head(&mut router, data(task, b"same call"));
+        }
+        from_worker(&mut router, &[data(task, b"done")]);
+    }
+    let acts = from_head(&mut router, control::encode(&ToAgent::SetupLog).unwrap());
+    let [Act::Report(ToHead::SetupCalls { calls, .. })] = &acts[..] else {
+        panic!("{acts:?}");
+    };
+    assert!(calls.len() == 2 && calls[0] == calls[1], "{calls:?}");
 }

@@ -57,7 +57,10 @@ impl WorkerTable {
             if reported {
                 return Ending::Waits;
             }
-            entry.unacknowledged += 1;
+            // The head acknowledges what it learns of now at once.
+            if !std::mem::take(&mut entry.unreported) {
+                entry.unacknowledged += 1;
+            }
             setback.pause = pause.as_millis() as u64;
             return Ending::Lost {
                 replaced: false,
@@ -70,8 +73,12 @@ impl WorkerTable {
             WorkerPhase::Busy {
                 cancelled: Some(_), ..
             } => {
-                // The next task may be in flight, or have arrived.
-                entry.unacknowledged += 1;
+                // The next task may be in flight, or have arrived. Another head than that of the task sends nothing
+                // before it has been told of the worker.
+                if !entry.left {
+                    entry.unacknowledged += 1;
+                    entry.unreported = true;
+                }
                 Ending::Replace
             }
             _ => {

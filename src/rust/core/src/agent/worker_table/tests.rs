@@ -422,3 +422,28 @@ fn how_long_a_task_took_does_not_include_waiting_for_the_head() {
     assert_eq!(worker_table.from_worker(&answer, 90 * MS), Ok(Route::Hold));
     assert_eq!(worker_table.task_duration(0), 4 * MS);
 }
+
+#[test]
+fn a_failure_that_the_head_learns_of_with_a_pause_is_acknowledged_once() {
+    let mut worker_table = busy();
+    let now = Duration::ZERO;
+    assert!(worker_table.cancel(0, 1, now).unwrap());
+    // It is killed because it does not heed the interrupt, and those that follow do not come up.
+    (0..SETBACKS).for_each(|_| assert_eq!(worker_table.exited(0, true, now), Ending::Replace));
+    let failed = setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE);
+    assert_eq!(worker_table.exited(0, true, now), failed);
+    worker_table.loss_acknowledged(0).unwrap();
+    assert_eq!(worker_table.to_restart(FIRST_PAUSE), [0]);
+    worker_table.ready(0, VecDeque::new(), now);
+    assert!(worker_table.is_meant(0).unwrap());
+}
+
+#[test]
+fn what_a_worker_that_is_being_restored_has_not_read_takes_no_credit() {
+    let mut worker_table = busy();
+    let now = Duration::ZERO;
+    worker_table.exited(0, true, now);
+    worker_table.ready(0, [Duration::ZERO].into(), now);
+    assert_eq!(worker_table.attach(0, SEND_WINDOW), Kept::Starting);
+    assert_eq!(worker_table.given(0), 0);
+}

@@ -101,6 +101,8 @@ pub struct Core {
     pub kept: KeptQuestion,
     /// Agents have been asked for set-up calls, which may be on their way.
     pub took_over: bool,
+    /// The take-over has begun, or is not to begin. Lost hosts come back after it.
+    pub began_take_over: bool,
     /// Lost hosts are reconnected.
     pub reconnects: bool,
     /// Hosts come and go: jobs without an assignment use the workers that are there.
@@ -177,6 +179,7 @@ impl SharedCore {
                 take_over: None,
                 kept: KeptQuestion::default(),
                 took_over: false,
+                began_take_over: false,
                 reconnects: false,
                 is_elastic: false,
                 restoring: RestoreQueue::default(),

@@ -102,7 +102,10 @@ async fn await_take_over(shared_core: &SharedCore, agent: usize) {
                 () = sleep(FIRST_WAIT) => {}
             }
         }
-        while shared_core.core().take_over.is_some() {
+        while {
+            let core = shared_core.core();
+            core.take_over.is_some() || !core.began_take_over
+        } {
             sleep(TAKE_OVER_CHECK).await;
         }
     };
@@ -427,6 +430,7 @@ async fn talk(
     } = peer;
     stream.set_nonblocking(true)?;
     let stream = UnixStream::from_std(stream)?;
+    let has_waited = proof.is_some();
     let (stop, over, start_timeout) = {
         let core = shared_core.core();
         let conn = &core.conns[agent];
@@ -462,6 +466,10 @@ async fn talk(
         if joins {
             if core.conns[agent].permanent {
                 return Ok(());
+            }
+            if has_waited && !again {
+                // Its workers have their set-up calls, and are not to be restored. A fresh agent may take its place.
+                return Err(io::Error::other("its agent has not answered in time"));
             }
             let theirs = core.inbox.hosts[agent].hello.as_ref();
             if !again && theirs.is_some_and(|theirs| theirs.big_endian != hello.big_endian) {

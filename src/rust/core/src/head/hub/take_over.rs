@@ -89,6 +89,7 @@ impl Hub {
     /// Gives up filling the set-up log: no host can join.
     pub fn end_take_over(&mut self) {
         let mut core = self.core();
+        core.began_take_over = true;
         if core.take_over.take().is_some() {
             if let Some(setup_log) = &mut core.setup_log {
                 setup_log.abandon();
@@ -102,17 +103,18 @@ impl Core {
     fn begin_take_over(&mut self) {
         let mut take_over = TakeOver::default();
         for (rank, worker) in (0..).zip(&self.inbox.workers) {
-            if self.conns[worker.agent].stream.is_some() && !self.scheduler.is_terminated(rank) {
+            if self.is_attached(worker.agent) && !self.scheduler.is_terminated(rank) {
                 take_over.waiting.insert(rank);
             }
         }
         for agent in 0..self.conns.len() {
-            if self.conns[agent].stream.is_some() {
+            if self.is_attached(agent) {
                 let _ = self.scheduler.send_control(agent, &ToAgent::SetupLog);
             }
         }
         self.take_over = Some(take_over);
         self.took_over = true;
+        self.began_take_over = true;
         self.pump();
     }
 
@@ -163,16 +165,17 @@ impl Core {
 
     /// Asks for the next message.
     fn advance_take_over(&mut self) {
+        let agents = 0..self.conns.len();
+        let attached: Vec<bool> = agents.map(|agent| self.is_attached(agent)).collect();
         let (Some(take_over), Some(setup_log)) = (&mut self.take_over, &mut self.setup_log) else {
             self.take_over = None;
             return;
         };
         let scheduler = &self.scheduler;
-        let conns = &self.conns;
         let workers = &self.inbox.workers;
         let is_there = |rank: Rank| {
             let worker = workers.get(rank as usize);
-            worker.is_some_and(|worker| conns[worker.agent].stream.is_some())
+            worker.is_some_and(|worker| attached[worker.agent])
         };
         // A worker that has terminated in the meantime.
         take_over
@@ -182,7 +185,7 @@ impl Core {
             return;
         }
         if let Some((agent, _)) = take_over.asked {
-            if conns[agent].stream.is_some() {
+            if attached[agent] {
                 return;
             }
             // The agent was lost while it sent the message.

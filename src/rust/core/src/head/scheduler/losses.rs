@@ -77,6 +77,7 @@ impl Scheduler {
         agent.drain = None;
         agent.out.reopen();
         self.send_control(at, start)?;
+        self.send_control(at, &ToAgent::Restores)?;
         for rank in self.agents[at].ranks.clone() {
             let worker = &mut self.workers[rank as usize];
             match &worker.state {

@@ -5,7 +5,7 @@
 use super::{
     Arc, Chunk, HashSet, Note, Order, Outcome, Scheduler, Task, VecDeque, Worker, WorkerState,
 };
-use crate::protocol::control::Facts;
+use crate::protocol::control::{Facts, ToAgent};
 use crate::protocol::ids::{CALLS, Rank, TaskId};
 use std::time::Duration;
 use tracing::debug;
@@ -222,7 +222,10 @@ impl Scheduler {
     pub fn restored(&mut self, rank: Rank) {
         if let Some(worker) = self.workers.get_mut(rank as usize) {
             worker.away = false;
-            self.agents[worker.agent].active = self.now;
+            let (agent, worker) = (worker.agent, worker.index);
+            self.agents[agent].active = self.now;
+            // The message is short.
+            let _ = self.send_control(agent, &ToAgent::Restored { worker });
             self.dispatch(rank);
         }
     }
