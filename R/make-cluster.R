@@ -208,7 +208,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   if (!is.null(short)) raiseFailure(short)
 
   if (linger > 0) {
-    checkLinger(asked$hosts)
+    checkLinger(asked)
     makeRecordDirectory()
     options$linger <- TRUE
   }
@@ -249,5 +249,6 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   started <- TRUE
   handle$made <- handle$alive
   saveRecord(handle)
+  lingerBatches(handle)
   newCluster(handle, handle$alive)
 }

@@ -79,6 +79,7 @@ forgetCluster <- function(handle) {
     rm(list = as.character(handle$number), envir = awaited)
     rm(list = handle$id, envir = openCalls)
     rm(list = handle$id, envir = openFrames)
+    rm(list = handle$id, envir = launcherKeys)
   })
 }
 
@@ -218,7 +219,7 @@ agentPlan <- function(handle, settings, i, ranks, spawn, xdr) {
     stop_timeout = ceiling(1000 * settings$stop_timeout),
     local = host$local,
     xdr = xdr,
-    linger = agentLinger(handle$linger, i)
+    linger = agentLinger(handle, i)
   )
 }
 

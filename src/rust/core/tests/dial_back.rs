@@ -180,7 +180,10 @@ fn plan(rank: Rank) -> Option<Plan> {
 fn hub(launchers: &[u32]) -> (Hub, u16) {
     let launch = |&launcher: &u32| Launch {
         host: format!("slot of {launcher}"),
-        source: Source::DialBack { launcher },
+        source: Source::DialBack {
+            launcher,
+            lingers: None,
+        },
     };
     let hub = Hub::start(launchers.iter().map(launch).collect(), hello(), 1 << 20).unwrap();
     let port = hub.listen(&[LOCALHOST], &(0..=0), keys()).unwrap();
@@ -327,7 +330,10 @@ fn agents_reach_a_hub_through_a_gateway_and_are_lost_with_it() {
     fs::create_dir(&directory).unwrap();
     let launch = || Launch {
         host: "slot".to_owned(),
-        source: Source::DialBack { launcher: 1 },
+        source: Source::DialBack {
+            launcher: 1,
+            lingers: None,
+        },
     };
     let mut hub = Hub::start(vec![launch(), launch()], hello(), 1 << 20).unwrap();
     hub.listen(&[], &(0..=0), keys()).unwrap();
