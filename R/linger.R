@@ -546,6 +546,7 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
   checked(hub_follow(pointer, linger$generation))
   checked(hub_policy(pointer, noJob, fields$retries, fields$retries == 0))
   checked(hub_keep_setup_log(pointer, tempfile("rustcluster-"), fields$headLogLimit, settings$setup, fields$reconnect))
+  deadline <- proc.time()[["elapsed"]] + settings$setup
   if (any(dials & used)) {
     checked(hub_cluster_key(pointer, record$key))
     fields$dial$ports <- listenAgain(pointer, record)

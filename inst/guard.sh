@@ -255,7 +255,7 @@ lost() {
     now=$(cat "$dir/guard" 2>/dev/null)
     [ -z "$now" ] || [ "$now" = "$me" ] || exit 0
   done
-  lost
+  end_jobs
 }
 
 main() {
@@ -305,7 +305,7 @@ main() {
         ;;
     esac
   done
-  end_jobs
+  lost
 }
 
 main "$@"
