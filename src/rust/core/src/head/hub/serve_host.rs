@@ -113,7 +113,9 @@ async fn await_take_over(shared_core: &SharedCore, agent: usize) {
     };
     let comes_back = {
         let core = shared_core.core();
-        core.reconnects || core.conns[agent].dials
+        // A host that was stopped has taken the notification.
+        let conn = &core.conns[agent];
+        (core.reconnects || conn.dials) && !conn.permanent
     };
     if comes_back {
         tokio::select! {
