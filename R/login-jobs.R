@@ -104,8 +104,10 @@ writeGuardThere <- function(batch) {
   writeJobFile(batch, file.path(link$remote, paste0("batch-", batch$id)), batch$directory)
   writeJobFile(batch, cancelThere(link), c(
     paste0("for file in ", link$remote, "/batch-*; do"), "  d=`cat \"$file\"`",
-    # A guard that waits for another head outlives the gateway.
-    "  if [ -e \"$d/linger\" ]; then (sh \"$d/cancel.sh\" > /dev/null 2>&1 &)",
+    # A guard that waits for another head outlives the gateway. Another head may have taken the jobs over.
+    "  if [ -e \"$d/linger\" ]; then",
+    paste0("    if [ \"`cat \"$d/guard\"`\" = ", basename(link$remote), " ]; then"),
+    "      (sh \"$d/cancel.sh\" > /dev/null 2>&1 &)", "    fi",
     "  elif [ -e \"$d/cancel.sh\" ]; then sh \"$d/cancel.sh\" & fi", "done", "wait"
   ))
 }

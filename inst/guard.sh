@@ -4,6 +4,7 @@
 # sh guard.sh DIRECTORY KIND NAME USER-COMMANDS...
 #   KIND: slurm, htcondor, gridEngine, pbs, lsf or template
 #   NAME: the name of the jobs
+#   the last argument, on a login node: the directory of the gateway, whose name tells the sessions of heads apart
 #   for template: PATTERN (a regular expression for the id in the output of a submit command; empty for the first number
 #   that stands alone), CANCEL and STATUS (commands, in which "$@" stands for ids)
 #
@@ -243,12 +244,12 @@ linger() {
 # The head has gone.
 lost() {
   trap '' TERM HUP INT
-  seconds=$(lingers)
-  [ -n "$seconds" ] || end_jobs
+  time=$(lingers)
+  [ -n "$time" ] || end_jobs
   # A head that has tried in vain to take the cluster over does not prolong its time.
   [ -s "$dir/lost" ] || { date +%s >"$dir/lost"; } 2>/dev/null
   since=$(cat "$dir/lost" 2>/dev/null)
-  limit=$((${since:-$(date +%s)} + seconds + 1))
+  limit=$((${since:-$(date +%s)} + time + 1))
   while [ "$(date +%s)" -le "$limit" ]; do
     sleep 0.5 2>/dev/null || sleep 1
     [ -d "$dir" ] || exit 0
@@ -282,7 +283,8 @@ main() {
   cd / || exit 2
   submissions=
   submitted=
-  me="$(uname -n) $$ $(date +%s)"
+  me=${7##*/}
+  [ -n "$me" ] || me="$(uname -n) $$ $(date +%s)"
   [ -z "$(lingers)" ] || take_over
   trap lost TERM HUP INT
   while read -r order n rest; do
