@@ -148,7 +148,9 @@ test_that("the results of calls are kept, and a saved cluster reattaches at its 
   stub <- local_stub_engine("slurm")
   workspace <- tempfile(fileext = ".RData")
   first <- lingering_child(batch_launcher("slurm", stub), more = bquote({
-    calls <- list(clusterSubmit(cl, { Sys.sleep(1); "kept" }), clusterSubmit(cl, { Sys.sleep(1); stop("failed there") }))
+    calls <- list(
+      clusterSubmit(cl, { Sys.sleep(1); "kept" }), clusterSubmit(cl, { Sys.sleep(1); stop("failed there") })
+    )
     while (!all(vapply(calls, function(call) call$status(), "") == "running")) Sys.sleep(0.02)
     save(cl, file = .(workspace))
     say("saved")
@@ -170,9 +172,8 @@ test_that("the results of calls are kept, and a saved cluster reattaches at its 
   expect_identical(got, rep(list(17), 4))
   expect_identical(clusterPids(restored$cl), child_pids(first, "workers"))
   kept <- keptResults(restored$cl)
-  expect_setequal(
-    vapply(kept, function(x) if (is.null(x$error)) x$value else conditionMessage(x$error), ""), c("kept", "failed there")
-  )
+  texts <- vapply(kept, function(x) if (is.null(x$error)) x$value else conditionMessage(x$error), "")
+  expect_setequal(texts, c("kept", "failed there"))
   # A job that ends is still given up, and the others go on.
   stub$end(stub$jobs()[[1L]], "FAILED")
   expect_true(wait_until(function() {
@@ -288,6 +289,34 @@ test_that("a cluster behind a login node lingers, and its gateway is started aga
   expect_gone(c(child_pids(second, "workers"), child_pids(second, "agents")), within = 4)
   expect_jobs_gone(stub, within = 4)
   expect_identical(list.files("/tmp", paste0("^rustcluster-", child_said(second, "id"))), character())
+})
+
+test_that("a gateway of a frozen link leaves jobs alone that the next session has taken over", {
+  skip_without_sshd()
+  skip_unless_long()
+  stub <- local_stub_engine("slurm")
+  ssh <- local_sshd(config = paste0("SetEnv PATH=", Sys.getenv("PATH")))
+  launcher <- slurm(
+    nodes = 2, cores = 2, login = "127.0.0.2", dir = file.path(stub$home, "shared"), address = "127.0.0.1",
+    rscript = file.path(R.home("bin"), "Rscript"), rlibs = .libPaths()
+  )
+  first <- lingering_child(launcher, rshcmd = ssh$rshcmd, heartbeat_timeout = 3, linger = 5)
+  clients <- descendants(first$pid)
+  clients <- clients[vapply(clients, function(p) grepl("^ssh ", process_command(p)), NA)]
+  for (p in clients) tools::pskill(p, tools::SIGSTOP)
+  kill_child(first)
+  # The gateway of the session before has the port until it has missed heartbeats.
+  cl <- reattachCluster(child_said(first, "id"))
+  on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
+  expect_same_cluster(cl, first)
+  for (p in clients) tools::pskill(p, tools::SIGKILL)
+  # That gateway has ended, and `linger` seconds are over.
+  Sys.sleep(9)
+  expect_identical(unlist(clusterCall(cl, function() shared)), rep(17, 4))
+  expect_length(stub$jobs(), 2L)
+  expect_length(guards_of(stub), 1L)
+  parallel::stopCluster(cl)
+  expect_jobs_gone(stub)
 })
 
 test_that("a session that ends before its cluster has started leaves no jobs", {
