@@ -5,11 +5,15 @@
 # workers.
 lingerKeys <- new.env(parent = emptyenv())
 
+# The ids of clusters that linger and that this session has. A handle that is garbage-collected leaves its cluster.
+openLingers <- new.env(parent = emptyenv())
+
 # Returns what a handle knows of a cluster that lingers: its `id`, `seconds`, the number of heads that it has had before
 # (`generation`), and the time when it was `created`.
 newLinger <- function(seconds) {
   id <- randomText(8L)
   assign(id, randomText(32L), lingerKeys)
+  assign(id, TRUE, openLingers)
   list(id = id, seconds = seconds, generation = 0L, created = Sys.time())
 }
 
@@ -125,7 +129,7 @@ saveRecord <- function(handle) {
   ), recordPath(handle$linger$id))
 }
 
-# Records a change of the cluster, and lets its jobs linger, too. A failure is a warning: the cluster itself can be used.
+# Records a change of the cluster, and lets its jobs linger. A failure is a warning: the cluster itself can be used.
 recordChange <- function(handle) {
   tryCatch({
     saveRecord(handle)
@@ -529,7 +533,8 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
   dials <- !vapply(fields$agents, function(host) is.null(host$dial), NA)
   used <- seq_along(fields$agents) %in% fields$owner[alive(fields)]
   # Agents that dial back look for a head at ports that a head has.
-  if (any(dials & used) && record$state == "running") inUse(record)
+  mine <- isThisProcess(record$head) && !exists(linger$id, openLingers, inherits = FALSE)
+  if (any(dials & used) && record$state == "running" && !mine) inUse(record)
   assign(linger$id, record$key, lingerKeys)
   launches <- lapply(seq_along(fields$agents), function(i) waitingLaunch(fields$agents[[i]], settings, linger, i))
   pointer <- checked(hub_start(
@@ -585,6 +590,7 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
     handle$streams <- new.env(parent = emptyenv())
     handle$streams$last <- record$streams
   }
+  assign(linger$id, TRUE, openLingers)
   # Before the agents belong to this session: if it ends here, the next one does not use its numbers again.
   saveRecord(handle)
   checked(hub_go(pointer, waitingPlans(handle), handle$timeout))
@@ -664,8 +670,8 @@ listenAgain <- function(pointer, record) {
       checked(hub_listen(pointer, listenAddresses(launcher), port, port, character())),
       rustcluster_start_failed = function(e) {
         abort(
-          "start_failed", "cluster ", record$linger$id, " cannot be taken over, because its agents look for a session at ",
-          "port ", port, " of this machine: ", conditionMessage(e), "; a process that holds the port must end first",
+          "start_failed", "cluster ", record$linger$id, " cannot be taken over, because its agents look for a session ",
+          "at port ", port, " of this machine: ", conditionMessage(e), "; a process that holds the port must end first",
           fields = list(id = record$linger$id, port = port)
         )
       }
@@ -674,8 +680,8 @@ listenAgain <- function(pointer, record) {
   dial$ports
 }
 
-# Connects to the login nodes of a recorded cluster, and starts guards for its jobs, to which those of the session before
-# leave them. Returns a list of `batches` and `logins`; `note` gets it whenever it has changed.
+# Connects to the login nodes of a recorded cluster, and starts guards, to which those of the session before leave its
+# jobs. Returns a list of `batches` and `logins`; `note` gets it whenever it has changed.
 openJobsAgain <- function(pointer, record, note) {
   dial <- record$handle$dial
   settings <- record$handle$settings

@@ -80,6 +80,7 @@ forgetCluster <- function(handle) {
     rm(list = handle$id, envir = openCalls)
     rm(list = handle$id, envir = openFrames)
     rm(list = handle$id, envir = launcherKeys)
+    if (!is.null(handle$linger)) rm(list = handle$linger$id, envir = openLingers)
   })
 }
 

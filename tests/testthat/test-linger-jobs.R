@@ -302,7 +302,7 @@ test_that("a gateway of a frozen link leaves jobs alone that the next session ha
   )
   first <- lingering_child(launcher, rshcmd = ssh$rshcmd, heartbeat_timeout = 3, linger = 5)
   clients <- descendants(first$pid)
-  clients <- clients[vapply(clients, function(p) grepl("^ssh ", process_command(p)), NA)]
+  clients <- clients[vapply(clients, function(p) startsWith(process_command(p), "ssh "), NA)]
   for (p in clients) tools::pskill(p, tools::SIGSTOP)
   kill_child(first)
   # The gateway of the session before has the port until it has missed heartbeats.
@@ -329,6 +329,21 @@ test_that("a session that ends before its cluster has started leaves no jobs", {
   kill_child(child)
   expect_jobs_gone(stub)
   expect_identical(nrow(listClusters()), 0L)
+})
+
+test_that("a handle that is garbage-collected leaves its cluster to the next handle of the session", {
+  stub <- local_stub_engine("slurm")
+  cl <- note_processes(makeRustCluster(batch_launcher("slurm", stub, nodes = 1L), linger = 60))
+  id <- clusterId(cl)
+  pids <- clusterPids(cl)
+  expect_error(reattachCluster(id), "this session", class = "rustcluster_in_use")
+  rm(cl)
+  gc()
+  cl <- reattachCluster(id)
+  on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
+  expect_identical(clusterPids(cl), pids)
+  parallel::stopCluster(cl)
+  expect_jobs_gone(stub)
 })
 
 test_that("hosts that no other session could find cannot linger", {
