@@ -168,8 +168,8 @@ NULL
 #' * [reattachCluster()] listens on the port of the session before. An error names a port that another process holds.
 #'   With `login`, it opens a new connection to the login node, and a gateway there at the same port.
 #' * The jobs go on, and are not submitted again. The guard, which cancels the jobs of a session that ends, first waits
-#'   `linger` seconds for another session. This begins when [makeRustCluster()] returns: jobs of a session that ends before
-#'   are cancelled at once.
+#'   `linger` seconds for another session. This begins when [makeRustCluster()] returns: jobs of a session that ends
+#'   before are cancelled at once.
 #' * Jobs that wait in the queue stay there. Those that start while no session is connected find none and end after a
 #'   minute. The others join the reattached cluster as hosts that join late.
 #' * [reattachCluster()] waits up to 15 s for agents that have been connected. A host whose job has ended is given up as
