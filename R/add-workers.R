@@ -53,6 +53,7 @@ addWorkers <- function(cl, spec, wait = "all", setup_timeout = 120) {
   if (!is.null(short)) raiseFailure(short)
   spare <- isSpare(asked$hosts, asked$launchers, length(handle$dial$launchers))[asked$owner]
   needed <- neededWorkers(wait, asked$workers, spare)
+  if (!is.null(handle$linger)) checkLinger(asked, length(handle$dial$launchers), "spec")
 
   launches <- lapply(asked$hosts, hostLaunch, settings$options)
   deadline <- proc.time()[["elapsed"]] + setup_timeout

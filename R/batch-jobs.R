@@ -52,6 +52,8 @@ prepareJobs <- function(launcher, id, env, arguments, host) {
   batch$query <- NULL
   batch$states <- NULL
   batch$queried <- -Inf
+  # Seconds for which the jobs outlive this session, as the guard knows; NULL if they do not.
+  batch$linger <- NULL
   if (!isThere(batch)) makeDirectory(batch)
   written <- FALSE
   on.exit(if (!written) removeJobsDir(batch))
@@ -143,6 +145,18 @@ tellGuard <- function(batch, ...) {
   if (!isTRUE(guardEnded(batch, 0)) || !jobsDirExists(batch)) return(FALSE)
   startGuard(batch)
   isTRUE(sendGuard(batch, text))
+}
+
+# Tells the guard that jobs outlive this session by so many seconds.
+lingerJobs <- function(batch, seconds) {
+  seconds <- ceiling(seconds)
+  if (tellGuard(batch, "linger", format(seconds, scientific = FALSE))) batch$linger <- seconds
+}
+
+# The jobs end with the input of their guard again.
+endLinger <- function(batch) {
+  if (!is.null(batch$linger)) tellGuard(batch, "linger", 0L)
+  batch$linger <- NULL
 }
 
 sendSubmissions <- function(batch) {
@@ -289,6 +303,7 @@ stopJobs <- function(batch, limit = 15) {
     startGuard(batch)
     guard <- batch$guard
   }
+  endLinger(batch)
   releaseGuard(batch)
   deadline <- proc.time()[["elapsed"]] + limit
   while (!isTRUE(guardEnded(batch, 0.1))) {

@@ -40,9 +40,11 @@ startBatches <- function(handle, asked, options, heartbeat_timeout) {
   if (!length(asked$launchers)) return(invisible())
   dial <- handle$dial
   numbers <- length(dial$launchers) + seq_along(asked$launchers)
-  dial$keys <- c(dial$keys, vapply(asked$launchers, function(launcher) randomText(32L), ""))
+  keys <- c(launcherKeys[[handle$id]], vapply(asked$launchers, function(launcher) randomText(32L), ""))
+  assign(handle$id, keys, launcherKeys)
   dial$launchers <- c(dial$launchers, asked$launchers)
-  dial$ports <- listenFor(handle, dial$launchers, dial$keys, dial$ports)
+  if (!is.null(handle$linger)) checked(hub_cluster_key(handle$pointer, lingerKeys[[handle$linger$id]]))
+  dial$ports <- listenFor(handle, dial$launchers, keys, dial$ports)
   handle$logins[numbers] <- list(engineHost())
   for (number in numbers[areThere(dial$launchers[numbers])]) {
     # From here on stopBatches() closes it.
@@ -53,6 +55,9 @@ startBatches <- function(handle, asked, options, heartbeat_timeout) {
     dial$launchers[[number]]$dir <- handle$logins[[number]]$link$dir
     dial$ports[[number]] <- handle$logins[[number]]$link$port
   }
+  dial$addresses[numbers] <- lapply(numbers, function(number) {
+    dialAddresses(dial$launchers[[number]], handle$logins[[number]])
+  })
   dial$scripts <- c(dial$scripts, lapply(numbers, function(number) {
     host <- Find(function(host) identical(host$dial, number), asked$hosts)
     list(env = agentVariables(host), arguments = rscriptArguments(options))
@@ -73,6 +78,9 @@ startBatches <- function(handle, asked, options, heartbeat_timeout) {
 # Returns whether the jobs of launchers are submitted on login nodes.
 areThere <- function(launchers) vapply(launchers, function(launcher) !is.null(launcher$login), NA)
 
+# The keys of the launchers of clusters, by `handle$id`, and there by their numbers. A handle does not have them.
+launcherKeys <- new.env(parent = emptyenv())
+
 # Returns the ports on which the head listens for the agents of each launcher: 0 for those with a login node, whose
 # agents come through a gateway. Launchers with the same `port` and addresses share one. `ports`: those of the first
 # launchers, which are known.
@@ -82,9 +90,7 @@ listenFor <- function(handle, launchers, keys, ports = integer()) {
   if (length(ports) || all(there)) checked(hub_listen(handle$pointer, character(), 0L, 0L, keys), handle)
   at <- lapply(launchers, function(launcher) {
     if (!is.null(launcher$login)) return(NULL)
-    own <- length(launcher$address) && all(vapply(launcher$address, is_own_address, NA))
-    any <- if (listensAtVersion6()) "::" else "0.0.0.0"
-    list(addresses = if (own) launcher$address else any, port = launcher$port)
+    list(addresses = listenAddresses(launcher), port = launcher$port)
   })
   new <- setdiff(seq_along(at), seq_along(ports))
   ports[new] <- 0L
@@ -100,14 +106,19 @@ listenFor <- function(handle, launchers, keys, ports = integer()) {
   ports
 }
 
+# Returns the addresses at which the head listens for the agents of a launcher.
+listenAddresses <- function(launcher) {
+  own <- length(launcher$address) && all(vapply(launcher$address, is_own_address, NA))
+  if (own) launcher$address else if (listensAtVersion6()) "::" else "0.0.0.0"
+}
+
 # Submits jobs of a launcher, and does not wait for the engine. Without `submit`, only makes everything ready.
 addBatch <- function(handle, number, launcher, submit = TRUE) {
   dial <- handle$dial
   host <- handle$logins[[number]]
-  addresses <- if (is.null(host$link)) headAddresses(launcher) else host$link$addresses
   key <- c(
-    sprintf("address %s %d", addresses, dial$ports[[number]]), paste("key", dial$keys[[number]]),
-    paste("launcher", number)
+    sprintf("address %s %d", dial$addresses[[number]], dial$ports[[number]]),
+    paste("key", launcherKeys[[handle$id]][[number]]), paste("launcher", number)
   )
   batch <- prepareJobs(launcher, randomText(6L), dial$scripts[[number]]$env, dial$scripts[[number]]$arguments, host)
   batch$number <- number
@@ -119,7 +130,11 @@ addBatch <- function(handle, number, launcher, submit = TRUE) {
   batch
 }
 
-# Returns the addresses that agents try, in turn.
+# Returns the addresses that agents of a launcher try, in turn. `host`: where the commands of its engine run.
+dialAddresses <- function(launcher, host) {
+  if (is.null(host$link)) headAddresses(launcher) else host$link$addresses
+}
+
 headAddresses <- function(launcher) {
   if (length(launcher$address)) return(launcher$address)
   addresses <- own_addresses()
@@ -145,7 +160,11 @@ stopBatches <- function(handle, batches = handle$batches) {
     on.exit(for (host in logins) closeGateway(host, 15))
   }
   # All guards begin before the first is waited for.
-  for (batch in batches) if (!is.null(batch$guard)) releaseGuard(batch)
+  for (batch in batches) {
+    if (is.null(batch$guard)) next
+    endLinger(batch)
+    releaseGuard(batch)
+  }
   for (batch in batches) discardJobs(batch)
 }
 
@@ -159,12 +178,17 @@ nameStarted <- function(handle) {
 # `known`: what the hub knows of the hosts.
 nameNodes <- function(handle, known) {
   nodes <- known$node
+  changed <- FALSE
   for (i in which(!is.na(nodes))) {
     if (is.null(handle$agents[[i]]$dial) || identical(handle$agents[[i]]$host, nodes[[i]])) next
+    changed <- TRUE
     handle$agents[[i]]$host <- nodes[[i]]
+    handle$agents[[i]]$named <- TRUE
     if (!is.null(handle$report)) handle$report$host[[i]] <- nodes[[i]]
     handle$hosts[handle$owner == i] <- nodes[[i]]
   }
+  # The start of a cluster is recorded at its end.
+  if (changed && length(handle$made)) recordChange(handle)
 }
 
 # Returns what the engine says of the job of each host, a data frame with `job` and `state`, with a row for each host of
@@ -297,7 +321,10 @@ takeSubmissions <- function(handle) {
     }
     if (is.null(answer) && !isTRUE(guardEnded(batch, 0))) next
     batch$submitting <- FALSE
-    tryCatch(awaitSubmissions(batch, 1), rustcluster_start_failed = function(e) {
+    tryCatch({
+      awaitSubmissions(batch, 1)
+      recordChange(handle)
+    }, rustcluster_start_failed = function(e) {
       handle$renewals[handle$renewing %in% batch$id] <- maxRenewals
       warning(rustclusterCondition("host_failed", conditionMessage(e), host = NULL, type = "warning"))
     })

@@ -67,7 +67,7 @@ log_start <- function() .Call(wrap__log_start)
 
 #' Starts the agents of a cluster and returns its handle at once. `hosts`: for each host a list of host,
 #' command and env (a named vector; NA removes a variable), or of host and dial, the number of the launcher whose
-#' agent dials back. `buffer_limit`: the bytes of results that the head buffers; further results stay on their
+#' agent dials back (`lingers`: the name of the directory of an agent that has workers and dials to its next head). `buffer_limit`: the bytes of results that the head buffers; further results stay on their
 #' hosts.
 #' @noRd
 hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(wrap__hub_start, hosts, package, r_version, platform, buffer_limit)
@@ -77,6 +77,11 @@ hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(w
 #' without addresses only sets the keys. Returns a list with the port.
 #' @noRd
 hub_listen <- function(handle, addresses, port_from, port_to, keys) .Call(wrap__hub_listen, handle, addresses, port_from, port_to, keys)
+
+#' Sets the key of a cluster that lingers, in hexadecimal: agents use it when they have lost their head. To be called
+#' before hub_listen().
+#' @noRd
+hub_cluster_key <- function(handle, key) .Call(wrap__hub_cluster_key, handle, key)
 
 #' Listens for agents whose connections a gateway passes on to a Unix socket at `path`. hub_listen() sets the keys.
 #' @noRd

@@ -5,31 +5,51 @@
 # workers.
 lingerKeys <- new.env(parent = emptyenv())
 
+# The ids of clusters that linger and that this session has. A handle that is garbage-collected leaves its cluster.
+openLingers <- new.env(parent = emptyenv())
+
 # Returns what a handle knows of a cluster that lingers: its `id`, `seconds`, the number of heads that it has had before
 # (`generation`), and the time when it was `created`.
 newLinger <- function(seconds) {
   id <- randomText(8L)
   assign(id, randomText(32L), lingerKeys)
+  assign(id, TRUE, openLingers)
   list(id = id, seconds = seconds, generation = 0L, created = Sys.time())
 }
 
-# Refuses what cannot linger yet.
-checkLinger <- function(hosts) {
-  launched <- vapply(hosts, function(host) !is.null(host$launcher) || !is.null(host$dial), NA)
-  if (any(launched)) {
-    abort(
-      "not_yet", "`linger` is not supported for hosts of launchers yet, such as ", sQuote(hosts[launched][[1L]]$host),
-      fields = list(argument = "linger")
-    )
+# Refuses hosts whose agents a later session could not find again. `before`: the number of launchers of the cluster
+# before these. `argument`: what is at fault.
+checkLinger <- function(asked, before = 0L, argument = "linger") {
+  for (host in asked$hosts) {
+    if (!is.null(host$launcher)) {
+      badArgument(
+        argument, if (argument == "spec") "contains" else "cannot be used with", " host ", sQuote(host$host),
+        if (argument == "spec") ", which cannot linger", ": its agent is connected by the stdin and stdout of a ",
+        "command, which another session cannot do again; use hosts of ssh, launchers of batch engines such as ",
+        "slurm() or jobTemplate(), or allocation(launcher = \"ssh\")"
+      )
+    }
+    if (!is.null(host$dial) && !is.null(asked$launchers[[host$dial - before]]$adaptive)) {
+      badArgument(
+        argument, if (argument == "spec") "contains" else "cannot be used with", " a launcher with `max`",
+        if (argument == "spec") ", which cannot linger", ": its jobs are submitted while this session runs; ",
+        "use `nodes`"
+      )
+    }
   }
 }
 
 # Returns how an agent waits for its head. `i`: its index among the hosts of the cluster.
-agentLinger <- function(linger, i) {
+agentLinger <- function(handle, i) {
+  linger <- handle$linger
   if (is.null(linger)) return(NULL)
+  number <- handle$agents[[i]]$dial
   list(
     seconds = linger$seconds, name = socketName(linger, i), key = lingerKeys[[linger$id]],
-    generation = linger$generation
+    generation = linger$generation,
+    # Where an agent that dials back looks for its next head.
+    addresses = if (is.null(number)) character() else handle$dial$addresses[[number]],
+    port = if (is.null(number)) 0L else as.integer(handle$dial$ports[[number]])
   )
 }
 
@@ -43,8 +63,12 @@ recordFormat <- 1L
 # The fields of a handle that its record has.
 recordedFields <- c(
   "agents", "hosts", "owner", "report", "made", "alive", "hidden", "settings", "retries", "reconnect", "memoryLimit",
-  "timeout", "stopTimeout", "setupLogLimits", "headLogLimit", "bufferLimit"
+  "timeout", "stopTimeout", "setupLogLimits", "headLogLimit", "bufferLimit", "dial"
 )
+
+# The fields of a batch of jobs that the record has.
+recordedBatchFields <- c("id", "number", "launcher", "directory", "files", "submissions", "jobs", "orders", "states")
+
 
 recordDirectory <- function() file.path(tools::R_user_dir("rustcluster", "cache"), "clusters")
 
@@ -97,17 +121,32 @@ saveRecord <- function(handle) {
   writeRecord(list(
     format = recordFormat, package = packageVersionText(), linger = handle$linger,
     key = lingerKeys[[handle$linger$id]], head = thisProcess(), streams = handle$streams$last,
+    launcherKeys = launcherKeys[[handle$id]],
+    batches = lapply(handle$batches, function(batch) {
+      mget(recordedBatchFields, envir = batch, ifnotfound = list(NULL))
+    }),
     handle = mget(recordedFields, envir = handle, ifnotfound = list(NULL))
   ), recordPath(handle$linger$id))
 }
 
-# Records a change of the cluster. A failure is a warning: the cluster itself can be used.
+# Records a change of the cluster, and lets its jobs linger. A failure is a warning: the cluster itself can be used.
 recordChange <- function(handle) {
-  tryCatch(saveRecord(handle), error = function(e) {
+  tryCatch({
+    saveRecord(handle)
+    lingerBatches(handle)
+  }, error = function(e) {
     condition <- rustclusterCondition("not_recorded", conditionMessage(e), type = "warning")
     handle$pending <- c(handle$pending, list(condition))
   })
   invisible()
+}
+
+# Lets the jobs of the cluster outlive this session, once another session could find them.
+lingerBatches <- function(handle) {
+  if (is.null(handle$linger)) return(invisible())
+  for (batch in handle$batches) {
+    if (is.null(batch$linger) && !isTRUE(batch$submitting)) lingerJobs(batch, handle$linger$seconds)
+  }
 }
 
 removeRecord <- function(handle) {
@@ -200,17 +239,38 @@ checkedRecord <- function(path) {
   }
   used <- record$handle$owner[alive(record$handle)]
   local <- vapply(record$handle$agents[used], function(host) isTRUE(host$local), NA)
-  directories <- socketDirectories(record$linger, unique(used[local]))
-  # An agent that waits has its directory, however slow it is, and none survives a restart of the machine.
-  there <- dir.exists(directories) & identical(record$head$boot, thisMachine()$boot)
-  if (all(local) && !any(there)) {
+  jobs <- jobDirectoriesHere(record)
+  directories <- c(socketDirectories(record$linger, unique(used[local])), jobs)
+  # An agent that waits has its directory, however slow it is, and none survives a restart of the machine. The directory
+  # of jobs is there as long as their guard waits.
+  same <- identical(record$head$boot, thisMachine()$boot)
+  there <- dir.exists(directories) & same
+  submitted <- same & vapply(record$handle$agents[used], function(host) isHere(record, host), NA)
+  if (all(local | submitted) && !any(there)) {
     deleteRecord(path)
     return(NULL)
   }
   record$lost <- lostAt(record, path, directories[there])
   if (any(there) || timeLeft(record) > 0) return(record)
-  if (timeLeft(record) < -recordGrace) deleteRecord(path)
+  if (timeLeft(record) < -recordGrace) {
+    deleteRecord(path)
+    # Without a restart of this machine, the guards have removed them.
+    if (!same) unlink(jobs[file.exists(file.path(jobs, "jobs-of"))], recursive = TRUE)
+  }
   NULL
+}
+
+# Whether a host has a job that was submitted on this machine.
+isHere <- function(record, host) {
+  launchers <- record$handle$dial$launchers
+  number <- host$dial
+  is.numeric(number) && number >= 1 && number <= length(launchers) && is.null(launchers[[number]]$login)
+}
+
+# Returns the directories of the jobs that were submitted on this machine.
+jobDirectoriesHere <- function(record) {
+  here <- Filter(function(batch) is.null(batch$launcher$login), record$batches)
+  vapply(here, function(batch) as.character(batch$directory), "")
 }
 
 # Where agents of this machine have their sockets.
@@ -220,8 +280,8 @@ socketDirectories <- function(linger, i) {
   ifelse(dir.exists(usual), usual, other)
 }
 
-# Returns the time when the agents lost their head, as nearly as it can be known. The agents of this machine have noted
-# it. The head has ended when a session sees that for the first time, or before.
+# Returns the time when the agents lost their head, as nearly as it can be known. The agents of this machine and the
+# guards of jobs have noted it. The head has ended when a session sees that for the first time, or before.
 lostAt <- function(record, path, directories) {
   noted <- file.info(file.path(directories, "lost"))$mtime
   if (!all(is.na(noted))) return(max(noted, na.rm = TRUE))
@@ -337,7 +397,12 @@ reattachCluster <- function(id, progress = interactive()) {
 #' @export
 killCluster <- function(id) {
   record <- theRecord(id)
-  handle <- suppressWarnings(takeUp(record, progress = FALSE))
+  handle <- tryCatch(suppressWarnings(takeUp(record, end = TRUE)), rustcluster_no_cluster = function(e) {
+    # Jobs that have waited in the queue have been cancelled.
+    if (!length(record$batches)) stop(e)
+    deleteRecord(recordPath(record$linger$id))
+  })
+  if (!is.environment(handle)) return(invisible())
   handle$pending <- list()
   stopCluster.RustCluster(newCluster(handle, handle$alive))
   invisible()
@@ -428,6 +493,7 @@ noCluster <- function(id, ...) {
 # Returns how to reach an agent that waits, as hub_start() needs it, and how to start another.
 waitingLaunch <- function(host, settings, linger, i) {
   launch <- hostLaunch(host, settings$options)
+  if (!is.null(host$dial)) return(c(launch, list(lingers = socketName(linger, i))))
   relay <- relayLaunch(host, settings$options, socketName(linger, i))
   launch$waiting <- c(list(name = socketName(linger, i), key = lingerKeys[[linger$id]]), relay)
   launch$local <- host$local
@@ -453,8 +519,8 @@ relayMain <- function() {
 }
 
 # Connects this session to the agents of a recorded cluster, and returns the handle. `handle`: that of a restored
-# cluster, which is used again.
-takeUp <- function(record, handle = NULL, progress = FALSE) {
+# cluster, which is used again. `end`: whether to end the jobs if no agent is there.
+takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
   linger <- record$linger
   fields <- record$handle
   settings <- fields$settings
@@ -464,34 +530,43 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
       "version ", packageVersionText(), "; connect to it with the same version"
     )
   }
+  dials <- !vapply(fields$agents, function(host) is.null(host$dial), NA)
+  used <- seq_along(fields$agents) %in% fields$owner[alive(fields)]
+  # Agents that dial back look for a head at ports that a head has.
+  mine <- isThisProcess(record$head) && !exists(linger$id, openLingers, inherits = FALSE)
+  if (any(dials & used) && record$state == "running" && !mine) inUse(record)
   assign(linger$id, record$key, lingerKeys)
   launches <- lapply(seq_along(fields$agents), function(i) waitingLaunch(fields$agents[[i]], settings, linger, i))
   pointer <- checked(hub_start(
     launches, packageVersionText(), rVersionText(), R.version$platform, fields$bufferLimit
   ))
   attached <- FALSE
-  on.exit(if (!attached) leaveHub(pointer))
+  jobs <- list(batches = list(), logins = list())
+  on.exit(if (!attached) {
+    leaveHub(pointer)
+    leaveJobs(jobs, over)
+  })
+  over <- FALSE
   linger$generation <- linger$generation + 1L
   checked(hub_follow(pointer, linger$generation))
   checked(hub_policy(pointer, noJob, fields$retries, fields$retries == 0))
   checked(hub_keep_setup_log(pointer, tempfile("rustcluster-"), fields$headLogLimit, settings$setup, fields$reconnect))
   deadline <- proc.time()[["elapsed"]] + settings$setup
-  while (!checked(hub_greeted(pointer)) && proc.time()[["elapsed"]] < deadline) raiseInterrupt()
+  if (any(dials & used)) {
+    checked(hub_cluster_key(pointer, record$key))
+    fields$dial$ports <- listenAgain(pointer, record)
+    # What is begun here has to be ended by leaveJobs(), also after an error.
+    jobs <- openJobsAgain(pointer, record, function(now) jobs <<- now)
+    fields$dial$addresses <- lapply(seq_along(fields$dial$launchers), function(number) {
+      dialAddresses(fields$dial$launchers[[number]], jobs$logins[[number]])
+    })
+  }
+  awaitAgents(pointer, record, dials & used)
   hosts <- checked(hub_hosts(pointer))
   there <- is.na(hosts$reason) & !is.na(hosts$r_version)
-  if (any(hosts$in_use %in% 1)) {
-    abort(
-      "in_use", "cluster ", linger$id, " is connected to ",
-      if (isThisProcess(record$head)) {
-        "this session, by another object than this one; use the cluster that was made or reattached"
-      } else {
-        "another session; it can be taken over when that session has ended"
-      },
-      fields = list(id = linger$id)
-    )
-  }
-  used <- seq_along(launches) %in% fields$owner[alive(fields)]
+  if (any(hosts$in_use %in% 1)) inUse(record)
   if (!any(there & used)) {
+    over <- end
     # A host that cannot be reached now may be reached later, and an agent that is slow may answer later. Nobody
     # listens: ENOENT or ECONNREFUSED.
     none <- "^(no agent of the cluster waits on this machine): .*[(]os error (2|111)[)]$"
@@ -508,10 +583,14 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
   handle$linger <- linger
   handle$alive <- alive(fields)
   handle$made <- if (length(fields$made)) fields$made else handle$alive
+  handle$batches <- jobs$batches
+  handle$logins <- jobs$logins
+  assign(handle$id, record$launcherKeys, launcherKeys)
   if (!is.null(record$streams)) {
     handle$streams <- new.env(parent = emptyenv())
     handle$streams$last <- record$streams
   }
+  assign(linger$id, TRUE, openLingers)
   # Before the agents belong to this session: if it ends here, the next one does not use its numbers again.
   saveRecord(handle)
   checked(hub_go(pointer, waitingPlans(handle), handle$timeout))
@@ -527,8 +606,17 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
     begin <- FALSE
     raiseInterrupt()
   }
+  if (any(dials & used)) {
+    # From here on agents of jobs that have waited in the queue are heard, too.
+    checked(hub_listen(pointer, character(), 0L, 0L, as.character(record$launcherKeys)), handle)
+    noteAwaited(handle, checked(hub_awaited(pointer, FALSE), handle))
+    nameStarted(handle)
+    # Their guards count the time from the end of this session.
+    for (batch in handle$batches) lingerJobs(batch, linger$seconds)
+  }
   if (progress) for (i in which(used & there)) showDone(paste0(fields$report$host[[i]], ": connected"))
-  for (i in which(used & !there)) {
+  # The engine says whether jobs that have not connected will.
+  for (i in which(used & !there & !dials)) {
     failure <- list(
       kind = "host_failed", agent = i,
       reason = if (is.na(hosts$reason[[i]])) "no response from its agent" else hosts$reason[[i]]
@@ -536,6 +624,130 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
     handle$pending <- c(handle$pending, list(failureCondition(failure, handle, "warning")))
   }
   handle
+}
+
+# Raises the error that another session, or another object, has the cluster.
+inUse <- function(record) {
+  abort(
+    "in_use", "cluster ", record$linger$id, " is connected to ",
+    if (isThisProcess(record$head)) {
+      "this session, by another object than this one; use the cluster that was made or reattached"
+    } else {
+      "another session; it can be taken over when that session has ended"
+    },
+    fields = list(id = record$linger$id)
+  )
+}
+
+# Waits until the agents have greeted, or will not: those of `dials`, which dial this session again and again, have less
+# time.
+awaitAgents <- function(pointer, record, dials) {
+  began <- proc.time()[["elapsed"]]
+  # Hosts whose nodes have names have had an agent. Others may have, or have waited in the queue.
+  named <- vapply(record$handle$agents, function(host) isTRUE(host$named), NA)
+  patience <- ifelse(dials, ifelse(named, redialPatience[[1L]], redialPatience[[2L]]), Inf)
+  while (!checked(hub_greeted(pointer))) {
+    waited <- proc.time()[["elapsed"]] - began
+    if (waited > record$handle$settings$setup) break
+    hosts <- checked(hub_hosts(pointer))
+    missing <- is.na(hosts$reason) & is.na(hosts$r_version)
+    if (!any(missing & waited < patience)) break
+    raiseInterrupt()
+  }
+}
+
+# Seconds for which the agents of jobs are waited for: those that have been connected, and others. An agent dials every
+# second or so.
+redialPatience <- c(15, 4)
+
+# Listens on the ports on which the agents of launchers look for a session, for these agents alone. Returns the ports.
+listenAgain <- function(pointer, record) {
+  dial <- record$handle$dial
+  direct <- which(!areThere(dial$launchers))
+  for (port in unique(dial$ports[direct])) {
+    launcher <- dial$launchers[[direct[dial$ports[direct] == port][[1L]]]]
+    tryCatch(
+      checked(hub_listen(pointer, listenAddresses(launcher), port, port, character())),
+      rustcluster_start_failed = function(e) {
+        abort(
+          "start_failed", "cluster ", record$linger$id, " cannot be taken over, because its agents look for a session ",
+          "at port ", port, " of this machine: ", conditionMessage(e), "; a process that holds the port must end first",
+          fields = list(id = record$linger$id, port = port)
+        )
+      }
+    )
+  }
+  dial$ports
+}
+
+# Connects to the login nodes of a recorded cluster, and starts guards, to which those of the session before leave its
+# jobs. Returns a list of `batches` and `logins`; `note` gets it whenever it has changed.
+openJobsAgain <- function(pointer, record, note) {
+  dial <- record$handle$dial
+  settings <- record$handle$settings
+  jobs <- list(batches = list(), logins = rep(list(engineHost()), length(dial$launchers)))
+  # Without addresses, the hub only learns the key.
+  checked(hub_listen(pointer, character(), 0L, 0L, character()))
+  for (number in which(areThere(dial$launchers))) {
+    jobs$logins[[number]] <- openLoginAgain(pointer, dial$launchers[[number]], dial$ports[[number]], settings)
+    note(jobs)
+  }
+  for (saved in record$batches) {
+    batch <- batchAgain(saved, jobs$logins[[saved$number]], record$linger$seconds)
+    if (!isThere(batch) && !dir.exists(batch$directory)) next
+    if (isThere(batch)) writeGuardThere(batch)
+    jobs$batches <- c(jobs$batches, list(batch))
+    note(jobs)
+    startGuard(batch)
+  }
+  jobs
+}
+
+# Starts a gateway at the port of the one before, which ends with its session: after a while, if the link is dead.
+openLoginAgain <- function(pointer, launcher, port, settings) {
+  deadline <- proc.time()[["elapsed"]] + settings$heartbeat_timeout + 10
+  repeat {
+    host <- tryCatch(
+      openLogin(
+        launcher, function(path) checked(hub_listen_unix(pointer, path)), settings$options$rshcmd,
+        settings$options$rshopts, timeout = settings$setup, heartbeat_timeout = settings$heartbeat_timeout, ports = port
+      ),
+      rustcluster_start_failed = identity
+    )
+    if (!inherits(host, "error")) return(host)
+    held <- grepl("cannot listen on", conditionMessage(host), fixed = TRUE)
+    if (!held || proc.time()[["elapsed"]] > deadline) stop(host)
+    raiseInterrupt()
+    Sys.sleep(0.5)
+  }
+}
+
+# Returns a batch of jobs from its record.
+batchAgain <- function(saved, host, seconds) {
+  batch <- list2env(saved, envir = new.env(parent = emptyenv()))
+  batch$host <- host
+  batch$reading <- list()
+  batch$unwritten <- list()
+  batch$variables <- character()
+  batch$guard <- NULL
+  batch$query <- NULL
+  batch$queried <- -Inf
+  batch$submitting <- FALSE
+  batch$linger <- seconds
+  # Its directory is there, with files of another session.
+  batch$isOld <- TRUE
+  batch
+}
+
+# Leaves jobs to their guards, which wait for another session, or ends the jobs.
+leaveJobs <- function(jobs, end) {
+  for (batch in jobs$batches) {
+    if (is.null(batch$guard)) next
+    if (end) endLinger(batch)
+    releaseGuard(batch)
+  }
+  if (end) for (batch in jobs$batches) stopJobs(batch)
+  for (host in jobs$logins) if (!is.null(host$link)) closeGateway(host, 15)
 }
 
 # The mark of handles of this session. A copy of a handle has another object.

@@ -7,13 +7,13 @@ isThere <- function(batch) !is.null(batch$host$link)
 # on the socket at a path. Returns the engine host there; its `link` has `addresses` and `port` for agents, and the
 # launcher's `dir` as a path from the root.
 openLogin <- function(launcher, listen, rshcmd = NULL, rshopts = NULL, env = character(), timeout = 60,
-                      heartbeat_timeout = 20) {
+                      heartbeat_timeout = 20, ports = launcher$port) {
   host <- openLink(launcher$login, rshcmd, rshopts, env, timeout, heartbeat_timeout)
   opened <- FALSE
   on.exit(if (!opened) closeGateway(host, 0))
   host$link$dir <- jobsDirThere(launcher, host)
   listen(host$link$socket)
-  startGateway(host, cancelThere(host$link), ports = launcher$port, rscript = launcher$rscript, rlibs = launcher$rlibs,
+  startGateway(host, cancelThere(host$link), ports = ports, rscript = launcher$rscript, rlibs = launcher$rlibs,
                timeout = timeout)
   host$link$addresses <- if (is.null(launcher$address)) addressesThere(host) else launcher$address
   opened <- TRUE
@@ -46,15 +46,18 @@ writeJobFile <- function(batch, path, lines, mode = "0600") {
 }
 
 # Starts the guard of a batch there. The session of the first guard makes the directory and writes the files before: a
-# link that is stuck keeps nobody waiting here. It leaves nothing if that fails.
+# link that is stuck keeps nobody waiting here. It leaves nothing if that fails. The directory of jobs that another
+# session has submitted is there.
 startGuardThere <- function(batch) {
   files <- batch$unwritten
   dir <- shQuote(batch$directory)
-  before <- if (length(files)) c(
+  script <- if (length(files)) writeFilesScript(lapply(files, `[[`, "text"), vapply(files, `[[`, "", "mode"))
+  before <- if (length(files) && isTRUE(batch$isOld)) {
+    c(paste("[ -d", dir, "] || exit 1"), script)
+  } else if (length(files)) c(
     paste("umask 077; mkdir -p", shQuote(dirname(batch$directory)), "&& mkdir", dir, "|| exit 1"),
     paste0("remove() { rm -rf ", dir, "; }"), "trap remove EXIT", "trap 'remove; exit 1' TERM HUP INT",
-    writeFilesScript(lapply(files, `[[`, "text"), vapply(files, `[[`, "", "mode")),
-    "trap - EXIT"
+    script, "trap - EXIT"
   )
   batch$guard <- engineGuard(batch$host, guardArguments(batch)[-1L], before, enginePrograms(batch$launcher))
   batch$unwritten <- list()
@@ -101,7 +104,11 @@ writeGuardThere <- function(batch) {
   writeJobFile(batch, file.path(link$remote, paste0("batch-", batch$id)), batch$directory)
   writeJobFile(batch, cancelThere(link), c(
     paste0("for file in ", link$remote, "/batch-*; do"), "  d=`cat \"$file\"`",
-    "  if [ -e \"$d/cancel.sh\" ]; then sh \"$d/cancel.sh\" & fi", "done", "wait"
+    # A guard that waits for another head outlives the gateway. Another head may have taken the jobs over.
+    "  if [ -e \"$d/linger\" ]; then",
+    paste0("    if [ \"`cat \"$d/guard\"`\" = ", basename(link$remote), " ]; then"),
+    "      (sh \"$d/cancel.sh\" > /dev/null 2>&1 &)", "    fi",
+    "  elif [ -e \"$d/cancel.sh\" ]; then sh \"$d/cancel.sh\" & fi", "done", "wait"
   ))
 }
 

@@ -105,7 +105,8 @@
 #'   first `min` nodes are waited for.
 #' @param linger (number) Seconds for which the cluster waits for another session if this session ends without
 #'   `stopCluster()`, or the connection to its hosts is lost; at most 1e7. Default: 0, the cluster ends with its
-#'   session.
+#'   session. Hosts must be this machine, hosts of ssh, or launchers of batch engines without `max`: an agent that is
+#'   connected by the stdin and stdout of a command ([commandLauncher()]) could not be found again.
 #'   See [reattachCluster()], and section Clusters that wait of [rustcluster_lifetime].
 #' @param progress (logical) Whether to print a line for each host when it has started.
 #'
@@ -208,7 +209,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   if (!is.null(short)) raiseFailure(short)
 
   if (linger > 0) {
-    checkLinger(asked$hosts)
+    checkLinger(asked)
     makeRecordDirectory()
     options$linger <- TRUE
   }
@@ -249,5 +250,6 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   started <- TRUE
   handle$made <- handle$alive
   saveRecord(handle)
+  lingerBatches(handle)
   newCluster(handle, handle$alive)
 }

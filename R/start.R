@@ -79,6 +79,8 @@ forgetCluster <- function(handle) {
     rm(list = as.character(handle$number), envir = awaited)
     rm(list = handle$id, envir = openCalls)
     rm(list = handle$id, envir = openFrames)
+    rm(list = handle$id, envir = launcherKeys)
+    if (!is.null(handle$linger)) rm(list = handle$linger$id, envir = openLingers)
   })
 }
 
@@ -218,7 +220,7 @@ agentPlan <- function(handle, settings, i, ranks, spawn, xdr) {
     stop_timeout = ceiling(1000 * settings$stop_timeout),
     local = host$local,
     xdr = xdr,
-    linger = agentLinger(handle$linger, i)
+    linger = agentLinger(handle, i)
   )
 }
 

@@ -159,7 +159,26 @@ NULL
 #'
 #' Hosts that are lost in the meantime are lost hosts of the reattached cluster: see [rustcluster_faults]. A host that
 #' is lost while its session goes on may still have an agent that waits. With `reconnect = TRUE` the session starts a
-#' new agent there, which ends the old one. Launchers, such as [slurm()], do not support `linger`.
+#' new agent there, which ends the old one.
+#'
+#' @section Batch jobs that wait:
+#' Agents of batch jobs ([slurm()] and the other launchers) dial the session. When it is gone, they dial the same
+#' addresses and ports every second, until a session that has the key of the cluster listens there:
+#'
+#' * [reattachCluster()] listens on the port of the session before. An error names a port that another process holds.
+#'   With `login`, it opens a new connection to the login node, and a gateway there at the same port.
+#' * The jobs go on, and are not submitted again. The guard, which cancels the jobs of a session that ends, first waits
+#'   `linger` seconds for another session. This begins when [makeRustCluster()] returns: jobs of a session that ends
+#'   before are cancelled at once.
+#' * Jobs that wait in the queue stay there. Those that start while no session is connected find none and end after a
+#'   minute. The others join the reattached cluster as hosts that join late.
+#' * [reattachCluster()] waits up to 15 s for agents that have been connected. A host whose job has ended is given up as
+#'   soon as the engine says so. `stopCluster()`, [killCluster()] and [removeWorkers()] cancel jobs as before.
+#' * A host whose connection fails while its session goes on is given up by that session, and its job waits for the next
+#'   one: `reattachCluster()` after the end of the session has that host again. `scancel` and the like end such a job.
+#' * After a restart of the machine of the session no guard is left. Agents still end after `linger` seconds.
+#'
+#' Adaptive launchers (`max`) cannot wait, since their jobs are submitted while a session runs.
 #'
 #' @section Detached processes:
 #' Child processes of a worker (started by `system()`, `mclapply()` and similar functions) are killed with

@@ -4,12 +4,16 @@
 # sh guard.sh DIRECTORY KIND NAME USER-COMMANDS...
 #   KIND: slurm, htcondor, gridEngine, pbs, lsf or template
 #   NAME: the name of the jobs
+#   the last argument, on a login node: the directory of the gateway, whose name tells the sessions of heads apart
 #   for template: PATTERN (a regular expression for the id in the output of a submit command; empty for the first number
 #   that stands alone), CANCEL and STATUS (commands, in which "$@" stands for ids)
 #
 # It reads lines from stdin: "submit FROM TO" runs the files submit-FROM to submit-TO in the directory, "query N" asks
 # for the states of all jobs, "cancel N ID..." cancels some. Each writes files with the extensions .out and .err, and at
 # last .rc, which holds the exit status; submit writes .id before. At the end of stdin, and at SIGTERM, the jobs end.
+#
+# "linger N" changes that: the jobs end N seconds after the end of stdin, unless another head has started another guard
+# in the directory by then; this guard then ends and leaves the jobs to that one. "linger 0" undoes it.
 # All of it is in functions, since sh reads a script while it runs and the file may be replaced.
 
 # Runs a command with a limit of some seconds.
@@ -216,6 +220,45 @@ end_jobs() {
   exit 0
 }
 
+# The number of seconds for which the jobs outlive their head; empty if they do not.
+lingers() {
+  sed -n 's/^\([0-9][0-9]*\)$/\1/p' "$dir/linger" 2>/dev/null
+}
+
+# Makes this guard the one of the directory: a guard before it that waits for another head ends.
+take_over() {
+  { echo "$me" >"$dir/guard.$$" && mv -f "$dir/guard.$$" "$dir/guard"; } 2>/dev/null
+}
+
+linger() {
+  if [ "$1" -gt 0 ]; then
+    take_over
+    # The head is there. A guard that is started later reads the time.
+    rm -f "$dir/lost"
+    { echo "$1" >"$dir/linger.$$" && mv -f "$dir/linger.$$" "$dir/linger"; } 2>/dev/null
+  else
+    rm -f "$dir/linger"
+  fi
+}
+
+# The head has gone.
+lost() {
+  trap '' TERM HUP INT
+  time=$(lingers)
+  [ -n "$time" ] || end_jobs
+  # A head that has tried in vain to take the cluster over does not prolong its time.
+  [ -s "$dir/lost" ] || { date +%s >"$dir/lost"; } 2>/dev/null
+  since=$(cat "$dir/lost" 2>/dev/null)
+  limit=$((${since:-$(date +%s)} + time + 1))
+  while [ "$(date +%s)" -le "$limit" ]; do
+    sleep 0.5 2>/dev/null || sleep 1
+    [ -d "$dir" ] || exit 0
+    now=$(cat "$dir/guard" 2>/dev/null)
+    [ -z "$now" ] || [ "$now" = "$me" ] || exit 0
+  done
+  end_jobs
+}
+
 main() {
   dir=$1
   kind=$2
@@ -240,7 +283,10 @@ main() {
   cd / || exit 2
   submissions=
   submitted=
-  trap end_jobs TERM HUP INT
+  me=${7##*/}
+  [ -n "$me" ] || me="$(uname -n) $$ $(date +%s)"
+  [ -z "$(lingers)" ] || take_over
+  trap lost TERM HUP INT
   while read -r order n rest; do
     case $order in
       submit)
@@ -251,6 +297,7 @@ main() {
         submissions="$submissions $!"
         ;;
       query) query "query-$n" & ;;
+      linger) linger "$n" ;;
       cancel)
         {
           # shellcheck disable=SC2086 # One word for each id.
@@ -260,7 +307,7 @@ main() {
         ;;
     esac
   done
-  end_jobs
+  lost
 }
 
 main "$@"

@@ -41,6 +41,7 @@ const HANDOVER: &str = "RUSTCLUSTER_HANDOVER";
 fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) -> Robj {
     ORIGIN.set(Origin::current());
     shim::remember();
+    dial::remember();
     log::start_or_say(log::Role::Agent);
     // A job may end before the head greets.
     let warnings = match Warnings::catch() {

@@ -16,7 +16,7 @@ use rustcluster_core::agent::{Role, dial, startup};
 use rustcluster_core::gateway;
 use rustcluster_core::head::hub::{Answer, Hub, Plan, Turn};
 use rustcluster_core::head::launch::{Launch, Source};
-use rustcluster_core::protocol::control::{Hello, Outfile, Start, StartMode};
+use rustcluster_core::protocol::control::{Hello, Linger, Outfile, Secret, Start, StartMode};
 use rustcluster_core::protocol::ids::Rank;
 use rustcluster_core::protocol::noise::{Dialer, Introduction, Key, OPENING, Verdict};
 use rustcluster_core::worker::channel::Channel;
@@ -63,6 +63,7 @@ fn is_an_agent_when_it_is_asked_to_be() {
     let Some(path) = std::env::var_os(AS_AGENT) else {
         return;
     };
+    dial::remember();
     if let Err(status) = dial::dial(PathBuf::from(path).as_path()) {
         std::process::exit(status.into());
     }
@@ -180,7 +181,10 @@ fn plan(rank: Rank) -> Option<Plan> {
 fn hub(launchers: &[u32]) -> (Hub, u16) {
     let launch = |&launcher: &u32| Launch {
         host: format!("slot of {launcher}"),
-        source: Source::DialBack { launcher },
+        source: Source::DialBack {
+            launcher,
+            lingers: None,
+        },
     };
     let hub = Hub::start(launchers.iter().map(launch).collect(), hello(), 1 << 20).unwrap();
     let port = hub.listen(&[LOCALHOST], &(0..=0), keys()).unwrap();
@@ -287,6 +291,69 @@ fn a_killed_agent_is_lost_at_once_and_the_others_stay() {
     close(hub);
 }
 
+/// A hub that waits for the agent of this name, which has lost its head. `byte`: of the key of the cluster.
+fn hub_again(name: &str, port: u16, byte: u8) -> Hub {
+    let launch = Launch {
+        host: "slot".to_owned(),
+        source: Source::DialBack {
+            launcher: 1,
+            lingers: Some(name.to_owned()),
+        },
+    };
+    let mut hub = Hub::start(vec![launch], hello(), 1 << 20).unwrap();
+    hub.follow(1);
+    hub.set_cluster_key(key(byte));
+    hub.listen(&[LOCALHOST], &(port..=port), Vec::new())
+        .unwrap();
+    hub
+}
+
+#[test]
+fn an_agent_that_has_lost_its_head_is_accepted_by_a_head_with_the_key_alone() {
+    let name = format!("rustcluster-again-{}-1", std::process::id());
+    let (mut hub, port) = hub(&[1]);
+    let agent = Agent::start(port, 1, 1);
+    eventually("it has greeted", || hub.greeted(SLICE));
+    let lingering = |generation| {
+        let mut plan = plan(0).unwrap();
+        plan.start.linger = Some(Linger {
+            milliseconds: 60_000,
+            name: name.clone(),
+            key: Secret([7; 32]),
+            generation,
+            addresses: vec![("127.0.0.1".to_owned(), port)],
+        });
+        vec![Some(plan)]
+    };
+    hub.go(lingering(0)).unwrap();
+    expect_answers(&mut hub, 0, b"before");
+    let pid = hub.worker(0).pid;
+    hub.leave();
+    eventually("the head has left", || hub.is_closed(SLICE));
+    drop(hub);
+    let other_key = hub_again(&name, port, 8);
+    eventually("an agent with another key is refused", || {
+        fact(&other_key, "strangers_not_authentic") > 1
+    });
+    assert!(other_key.hosts()[0].hello.is_none());
+    close(other_key);
+    let other_name = hub_again("rustcluster-other-1", port, 7);
+    eventually("an agent of another name is refused", || {
+        fact(&other_name, "dialled_refused") > 1
+    });
+    assert!(other_name.hosts()[0].hello.is_none());
+    close(other_name);
+    let mut hub = hub_again(&name, port, 7);
+    eventually("it has greeted again", || hub.greeted(SLICE));
+    hub.go(lingering(1)).unwrap();
+    expect_answers(&mut hub, 0, &random(5_000_000));
+    assert_eq!(hub.worker(0).pid, pid);
+    assert_eq!(hub.hosts()[0].job.as_deref(), Some("4711_3"));
+    close(hub);
+    let (status, text) = agent.end();
+    assert_eq!(status, Some(0), "{text}");
+}
+
 /// A gateway that passes connections on to a socket in its directory.
 struct Gateway {
     port: u16,
@@ -327,7 +394,10 @@ fn agents_reach_a_hub_through_a_gateway_and_are_lost_with_it() {
     fs::create_dir(&directory).unwrap();
     let launch = || Launch {
         host: "slot".to_owned(),
-        source: Source::DialBack { launcher: 1 },
+        source: Source::DialBack {
+            launcher: 1,
+            lingers: None,
+        },
     };
     let mut hub = Hub::start(vec![launch(), launch()], hello(), 1 << 20).unwrap();
     hub.listen(&[], &(0..=0), keys()).unwrap();

@@ -48,7 +48,7 @@ fn log_start() -> Robj {
 
 /// Starts the agents of a cluster and returns its handle at once. `hosts`: for each host a list of host,
 /// command and env (a named vector; NA removes a variable), or of host and dial, the number of the launcher whose
-/// agent dials back. `buffer_limit`: the bytes of results that the head buffers; further results stay on their
+/// agent dials back (`lingers`: the name of the directory of an agent that has workers and dials to its next head). `buffer_limit`: the bytes of results that the head buffers; further results stay on their
 /// hosts.
 /// @noRd
 #[extendr]
@@ -148,6 +148,22 @@ fn hub_listen(
     })
 }
 
+/// Sets the key of a cluster that lingers, in hexadecimal: agents use it when they have lost their head. To be called
+/// before hub_listen().
+/// @noRd
+#[extendr]
+fn hub_cluster_key(handle: Robj, key: &str) -> Robj {
+    with_hub(&handle, |hub| {
+        let key = dial::key_of(key).ok_or_else(|| {
+            Failure::new("bad_argument")
+                .with("argument", "key")
+                .with("reason", "not a key")
+        })?;
+        hub.set_cluster_key(key);
+        Ok(())
+    })
+}
+
 /// Listens for agents whose connections a gateway passes on to a Unix socket at `path`. hub_listen() sets the keys.
 /// @noRd
 #[extendr]
@@ -181,7 +197,12 @@ fn launch_of(host: &Robj) -> Option<Launch> {
     let name = fields.get("host")?.as_str()?.to_owned();
     if let Some(dial) = fields.get("dial").filter(|dial| !dial.is_null()) {
         let launcher = u32::try_from(dial.as_integer()?).ok()?;
-        let source = Source::DialBack { launcher };
+        let lingers = fields.get("lingers").filter(|name| !name.is_null());
+        let lingers = match lingers {
+            Some(name) => Some(name.as_str()?.to_owned()),
+            None => None,
+        };
+        let source = Source::DialBack { launcher, lingers };
         return Some(Launch { host: name, source });
     }
     let source = command_of(&fields)?;
@@ -474,11 +495,14 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
 
 fn linger_of(linger: &Robj) -> Option<Linger> {
     let fields: HashMap<&str, Robj> = linger.as_list()?.iter().collect();
+    let hosts = strings(fields.get("addresses")?);
+    let port = u16::try_from(fields.get("port")?.as_integer()?).ok()?;
     Some(Linger {
         milliseconds: (1000.0 * fields.get("seconds")?.as_real()?).ceil() as u64,
         name: fields.get("name")?.as_str()?.to_owned(),
         key: Secret(*dial::key_of(fields.get("key")?.as_str()?)?),
         generation: u32::try_from(fields.get("generation")?.as_integer()?).ok()?,
+        addresses: hosts.into_iter().map(|host| (host, port)).collect(),
     })
 }
 
@@ -723,6 +747,7 @@ extendr_module! {
     fn log_start;
     fn hub_start;
     fn hub_listen;
+    fn hub_cluster_key;
     fn hub_listen_unix;
     fn hub_greeted;
     fn hub_hosts;

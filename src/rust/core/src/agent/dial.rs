@@ -14,6 +14,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 use zeroize::Zeroize;
@@ -38,7 +39,7 @@ const CONNECTED: u8 = 255;
 
 /// Signals that engines send to all processes of a job as a warning, and what terminals send. The agent decides
 /// what they mean.
-const IGNORED: [libc::c_int; 8] = [
+pub(super) const IGNORED: [libc::c_int; 8] = [
     libc::SIGTERM,
     libc::SIGUSR1,
     libc::SIGUSR2,
@@ -131,17 +132,24 @@ enum Failure {
     Attempt(String),
 }
 
-struct Connected {
-    tcp: TcpStream,
-    transport: Transport,
-    received: Vec<u8>,
+/// A connection that the head has accepted.
+pub(super) struct Connected {
+    pub(super) tcp: TcpStream,
+    pub(super) transport: Transport,
+    pub(super) received: Vec<u8>,
 }
 
-fn attempt(
-    tcp: TcpStream,
-    target: &Target,
-    introduction: &Introduction,
-) -> Result<Connected, Failure> {
+/// What an agent proves to a head, and says of itself.
+pub(super) struct Card<'a> {
+    /// The number of the key.
+    pub(super) launcher: u32,
+    pub(super) key: &'a Key,
+    pub(super) introduction: &'a Introduction,
+    /// How long an attempt at one address may take.
+    pub(super) limit: Duration,
+}
+
+fn attempt(tcp: TcpStream, card: &Card<'_>) -> Result<Connected, Failure> {
     let failed = |error: io::Error| {
         Failure::Attempt(match error.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
@@ -154,13 +162,12 @@ fn attempt(
             _ => error.to_string(),
         })
     };
-    let until = Instant::now() + ATTEMPT_TIMEOUT;
+    let until = Instant::now() + card.limit;
     relay::prepare(&tcp).map_err(failed)?;
-    tcp.set_write_timeout(Some(ATTEMPT_TIMEOUT))
-        .map_err(failed)?;
+    tcp.set_write_timeout(Some(card.limit)).map_err(failed)?;
     let noise = |error: noise::NoiseError| Failure::Attempt(error.to_string());
     let (mut dialer, mut out) =
-        Dialer::start(&target.key, target.launcher, introduction).map_err(noise)?;
+        Dialer::start(card.key, card.launcher, card.introduction).map_err(noise)?;
     let verdict = loop {
         relay::write_all(&tcp, &out).map_err(failed)?;
         out.clear();
@@ -189,36 +196,56 @@ fn attempt(
     })
 }
 
-/// Tries all addresses in turn.
-fn connect(target: &Target, introduction: &Introduction) -> Result<Connected, Failure> {
-    let began = Instant::now();
-    let mut round = 0;
-    loop {
-        round += 1;
-        let mut problems = Vec::new();
-        for (host, port) in &target.addresses {
-            let found: io::Result<Vec<SocketAddr>> = (host.as_str(), *port)
-                .to_socket_addrs()
-                .map(Iterator::collect);
-            let found = match found {
-                Ok(found) => found,
-                Err(error) => {
-                    problems.push(format!("{host} port {port}: {error}"));
-                    continue;
-                }
-            };
-            for address in found {
-                let connected = TcpStream::connect_timeout(&address, ATTEMPT_TIMEOUT)
-                    .map_err(|error| Failure::Attempt(error.to_string()))
-                    .and_then(|tcp| attempt(tcp, target, introduction));
-                match connected {
-                    Err(Failure::Attempt(problem)) => {
-                        problems.push(format!("{host} port {port} ({address}): {problem}"));
-                    }
-                    other => return other,
+/// Tries each address once, in turn. Returns the connection or the verdict of the first head that answers, or else what
+/// the problem of each address is.
+pub(super) fn try_all(
+    addresses: &[(String, u16)],
+    card: &Card<'_>,
+) -> Result<Result<Connected, Verdict>, Vec<String>> {
+    let mut problems = Vec::new();
+    for (host, port) in addresses {
+        let found: io::Result<Vec<SocketAddr>> = (host.as_str(), *port)
+            .to_socket_addrs()
+            .map(Iterator::collect);
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                problems.push(format!("{host} port {port}: {error}"));
+                continue;
+            }
+        };
+        for address in found {
+            let connected = TcpStream::connect_timeout(&address, card.limit)
+                .map_err(|error| Failure::Attempt(error.to_string()))
+                .and_then(|tcp| attempt(tcp, card));
+            match connected {
+                Ok(connected) => return Ok(Ok(connected)),
+                Err(Failure::Verdict(verdict)) => return Ok(Err(verdict)),
+                Err(Failure::Attempt(problem)) => {
+                    problems.push(format!("{host} port {port} ({address}): {problem}"));
                 }
             }
         }
+    }
+    Err(problems)
+}
+
+/// Tries all addresses in turn, again and again.
+fn connect(target: &Target, introduction: &Introduction) -> Result<Connected, Failure> {
+    let began = Instant::now();
+    let card = Card {
+        launcher: target.launcher,
+        key: &target.key,
+        introduction,
+        limit: ATTEMPT_TIMEOUT,
+    };
+    let mut round = 0;
+    loop {
+        round += 1;
+        let problems = match try_all(&target.addresses, &card) {
+            Ok(answered) => return answered.map_err(Failure::Verdict),
+            Err(problems) => problems,
+        };
         if began.elapsed() + ROUND_PAUSE > DIAL_TIMEOUT {
             let mut text = format!(
                 "this node ({}) cannot reach the head, after {round} rounds in {:.0} seconds:",
@@ -266,8 +293,7 @@ fn child(path: &Path, local: &UnixStream, report: File) -> u8 {
             );
         }
     };
-    let job = std::env::var(JOB_NAME).unwrap_or_default();
-    let introduction = Introduction::new(incarnation, &node_name(), &job);
+    let introduction = Introduction::new(incarnation, &node_name(), &job_name());
     let connected = connect(&target, &introduction);
     drop(target);
     let Connected {
@@ -302,7 +328,7 @@ fn child(path: &Path, local: &UnixStream, report: File) -> u8 {
 }
 
 /// Closes all descriptors but the standard ones and these.
-fn close_others(keep: &[RawFd]) {
+pub(super) fn close_others(keep: &[RawFd]) {
     let open: Vec<RawFd> = match fs::read_dir("/dev/fd") {
         Ok(entries) => entries
             .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
@@ -318,7 +344,7 @@ fn close_others(keep: &[RawFd]) {
 }
 
 /// Ends this process at once. No exit handler of the program that it is a fork of runs.
-fn exit_now(status: u8) -> ! {
+pub(super) fn exit_now(status: u8) -> ! {
     // SAFETY: _exit has no preconditions.
     unsafe { libc::_exit(status.into()) }
 }
@@ -375,8 +401,21 @@ fn start_relay(path: &Path, local: UnixStream, report: OwnedFd) -> io::Result<()
     exit_now(status.unwrap_or(FAILED));
 }
 
+/// The name of the job. R removes the variable, which is not for the workers: see [`remember`].
+pub(super) fn job_name() -> String {
+    let remembered = JOB.get().cloned();
+    remembered.unwrap_or_else(|| std::env::var(JOB_NAME).unwrap_or_default())
+}
+
+/// Remembers the name of the job, by which an agent introduces itself again if it loses its head.
+pub fn remember() {
+    let _ = JOB.set(std::env::var(JOB_NAME).unwrap_or_default());
+}
+
+static JOB: OnceLock<String> = OnceLock::new();
+
 /// The node's name in the batch engine's own words, which may differ from that of the machine.
-fn node_name() -> String {
+pub(super) fn node_name() -> String {
     let name = std::env::var("SLURMD_NODENAME");
     name.unwrap_or_else(|_| process::hostname())
 }

@@ -8,10 +8,13 @@
 //!
 //! On the stream, agent and head greet as at the start. The head then sends the start request, as it would to a new
 //! agent. The agent, which has workers, answers with their state instead of starting any.
+//!
+//! An agent that has dialled back to its first head, as those of batch jobs do, also dials the addresses of that head
+//! itself, until another head listens there: see [`redial`].
 
 use super::process::Outgoing;
 use super::setup_log::ReplayedCall;
-use super::{Agent, HEAD_IN, HEAD_OUT, LISTENER, blob_memory};
+use super::{Agent, HEAD_IN, HEAD_OUT, LISTENER, REDIAL, blob_memory};
 use crate::platform::{fd, memfd, process};
 use crate::protocol::control::{self, Linger, Start, ToAgent, ToHead, WorkerFailure};
 use crate::protocol::frame::{self, ABORT, BY_REFERENCE, FIRST, Frame, Header, Kind, LAST};
@@ -22,6 +25,7 @@ use crate::protocol::noise::{self, Introduction, Key, Verdict};
 use bytes::Bytes;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use redial::{News, Order, Redial};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -34,6 +38,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, error, info, warn};
 
 pub mod kept;
+pub mod redial;
 pub mod relay;
 pub mod shim;
 
@@ -61,6 +66,8 @@ const END: &str = "end ";
 /// How long that one may take to end, and how often it is checked whether it has.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
 const END_CHECK: Duration = Duration::from_millis(20);
+/// The pause before a child that looks for another head is started again.
+const REDIAL_PAUSE: Duration = Duration::from_secs(1);
 /// The token of the first connection that has not proved itself. Those of workers are smaller.
 pub(super) const FIRST_DIALER: usize = usize::MAX / 2;
 
@@ -220,6 +227,14 @@ pub(super) struct Lingering {
     dialers: Vec<Option<Dialer>>,
     /// Device and inode of the directory.
     made: Option<(u64, u64)>,
+    /// Where the agent looks for another head.
+    addresses: Vec<(String, u16)>,
+    /// The child that does so.
+    redial: Option<Redial>,
+    /// When to start that child, while there is no head.
+    redial_at: Option<Duration>,
+    /// The pids of such children that have not ended.
+    relays: Vec<u32>,
     /// The process that made the directory. A forked worker has a copy of this value.
     owner: u32,
 }
@@ -270,6 +285,10 @@ impl Lingering {
             name: plan.name.clone(),
             generation: plan.generation,
             dialers: (0..MAX_DIALERS).map(|_| None).collect(),
+            addresses: plan.addresses.clone(),
+            redial: None,
+            redial_at: None,
+            relays: Vec::new(),
             owner: std::process::id(),
         })
     }
@@ -364,11 +383,37 @@ impl Lingering {
     }
 
     fn next(&self) -> Option<Duration> {
-        self.dialers
-            .iter()
-            .flatten()
-            .map(|dialer| dialer.until)
-            .min()
+        let dialers = self.dialers.iter().flatten().map(|dialer| dialer.until);
+        dialers.chain(self.redial_at).min()
+    }
+
+    /// Whether the agent has dialled back.
+    fn dials(&self) -> bool {
+        !self.addresses.is_empty()
+    }
+
+    /// Starts to look for another head. Returns the pid of the child that does so.
+    fn start_redial(&mut self, registry: &Registry) -> io::Result<u32> {
+        let order = Order {
+            key: &self.keys[0],
+            addresses: &self.addresses,
+            name: &self.name,
+        };
+        let redial = Redial::start(&order)?;
+        let (pid, fd) = (redial.pid, redial.stream.as_raw_fd());
+        self.relays.push(pid);
+        registry.register(&mut SourceFd(&fd), REDIAL, Interest::READABLE)?;
+        self.redial = Some(redial);
+        Ok(pid)
+    }
+
+    /// Does not look for another head any more. Returns the stream of the child.
+    fn take_redial(&mut self, registry: &Registry) -> Option<UnixStream> {
+        self.redial_at = None;
+        let stream = self.redial.take()?.stream;
+        let fd = stream.as_raw_fd();
+        let _ = registry.deregister(&mut SourceFd(&fd));
+        Some(stream)
     }
 }
 
@@ -402,6 +447,21 @@ impl Agent {
                 info!("no head has come in time");
                 self.end();
             }
+            // Nobody else ends an agent whose job is being ended.
+            Link::Down { .. } if self.warnings.is_terminated() && !self.ending => {
+                info!("the job was ended while no head was connected");
+                self.end();
+            }
+            Link::Down { .. } if lingering.redial_at.is_some_and(|at| at <= now) => {
+                lingering.redial_at = None;
+                match lingering.start_redial(self.poll.registry()) {
+                    Ok(pid) => self.orphans.is_own(pid),
+                    Err(error) => {
+                        warn!(%error, "the head cannot be dialled");
+                        lingering.redial_at = Some(now + REDIAL_PAUSE);
+                    }
+                }
+            }
             Link::Greeting { until, .. } if *until <= now && !self.ending => self.disconnect(),
             _ => {}
         }
@@ -409,11 +469,12 @@ impl Agent {
 
     /// The head has disconnected. The agent waits for another head, if it is to, and ends otherwise.
     pub(super) fn disconnect(&mut self) {
-        let lingering = self.lingering.as_ref();
+        let now = self.now();
+        let lingering = self.lingering.as_mut();
         let Some(lingering) = lingering.filter(|_| !self.ending && self.router.is_of_use()) else {
             return self.end();
         };
-        let until = self.now() + lingering.time;
+        let until = now + lingering.time;
         info!(
             seconds = lingering.time.as_secs_f64(),
             "agent has lost its head and waits for another"
@@ -422,8 +483,17 @@ impl Agent {
             return;
         }
         let _ = fs::write(lingering.directory.join(LOST), []);
+        if lingering.dials() {
+            let pause = match self.link {
+                Link::Up => Duration::ZERO,
+                // A head that was accepted and cannot be used may be there again at once.
+                _ => REDIAL_PAUSE,
+            };
+            lingering.redial_at = Some(now + pause);
+        }
+        let keeps_log = lingering.dials();
         self.link = Link::Down { until };
-        self.close_stream();
+        self.close_stream(keeps_log);
         self.heartbeat = None;
         self.usage_survey = None;
         if let Some(parent) = self.parent.take() {
@@ -432,7 +502,6 @@ impl Agent {
         }
         self.looked_for = None;
         shim::end();
-        let now = self.now();
         if let Err(error) = self.router.detach(now, &mut self.acts) {
             error!(%error, "the tasks of the head could not be dropped");
             return self.end();
@@ -440,8 +509,8 @@ impl Agent {
         self.act();
     }
 
-    /// Closes the stream to the head, on which nothing is sent any more.
-    fn close_stream(&mut self) {
+    /// Closes the stream to the head, on which nothing is sent any more. `keeps_log`: whether stderr is the log of a job.
+    fn close_stream(&mut self, keeps_log: bool) {
         let registry = self.poll.registry();
         let fd = self.reader.as_raw_fd();
         let _ = registry.deregister(&mut SourceFd(&fd));
@@ -457,7 +526,9 @@ impl Agent {
         }
         // An ssh connection lasts as long as somebody has its streams open.
         for target in [1, 2] {
-            let _ = fd::redirect(self.reader.as_raw_fd(), target);
+            if !keeps_log {
+                let _ = fd::redirect(self.reader.as_raw_fd(), target);
+            }
         }
         self.head_blocked = false;
         self.head_waits = false;
@@ -516,7 +587,59 @@ impl Agent {
         }
     }
 
+    /// The child that looks for another head has reported something.
+    pub(super) fn read_redial(&mut self) {
+        let now = self.now();
+        let Some(lingering) = &mut self.lingering else {
+            return;
+        };
+        let Some(redial) = &lingering.redial else {
+            return;
+        };
+        match redial.read() {
+            News::None => {}
+            News::Connected => {
+                let stream = lingering.take_redial(self.poll.registry());
+                let stream = stream.filter(|_| !self.ending);
+                let Some(stream) = stream.filter(|_| matches!(self.link, Link::Down { .. })) else {
+                    return;
+                };
+                debug!("a head was reached");
+                if let Err(error) = self.accept_head(stream) {
+                    error!(%error, "the head could not be accepted");
+                    self.disconnect();
+                }
+            }
+            News::Replaced => {
+                info!("another agent has taken the place of this one");
+                lingering.take_redial(self.poll.registry());
+                self.end();
+            }
+            News::Lost => {
+                lingering.take_redial(self.poll.registry());
+                lingering.redial_at = Some(now + REDIAL_PAUSE);
+            }
+        }
+    }
+
+    /// Reaps a child that has ended if it has dialled a head. Returns whether it did.
+    pub(super) fn reap_relay(&mut self, pid: u32) -> bool {
+        let Some(lingering) = &mut self.lingering else {
+            return false;
+        };
+        let Some(at) = lingering.relays.iter().position(|&relay| relay == pid) else {
+            return false;
+        };
+        lingering.relays.remove(at);
+        process::reap(pid);
+        self.orphans.has_ended(pid);
+        true
+    }
+
     fn accept_head(&mut self, stream: UnixStream) -> io::Result<()> {
+        if let Some(lingering) = &mut self.lingering {
+            lingering.take_redial(self.poll.registry());
+        }
         let greeting =
             control::encode(&ToHead::Hello(self.hello.clone())).map_err(io::Error::other)?;
         self.link = Link::Greeting {
@@ -598,7 +721,9 @@ impl Agent {
         if let Some(linger) = &start.linger {
             lingering.time = Duration::from_millis(linger.milliseconds);
             lingering.generation = linger.generation;
+            lingering.addresses.clone_from(&linger.addresses);
         }
+        self.warnings.report_again();
         let _ = fs::remove_file(lingering.directory.join(LOST));
         let timeout = Duration::from_millis(start.heartbeat_timeout.into());
         self.heartbeat =
@@ -833,6 +958,7 @@ mod tests {
             key: Secret([7; 32]),
             milliseconds: 1000,
             generation: 1,
+            addresses: Vec::new(),
         };
         // Nobody reads from its socket, as if it were stopped.
         let first = Lingering::start(&plan, poll.registry()).unwrap();

@@ -70,7 +70,8 @@ const HEAD_OUT: Token = Token(1);
 const SIGNALS: Token = Token(2);
 const PARENT: Token = Token(3);
 const LISTENER: Token = Token(4);
-const FIRST_WORKER: usize = 5;
+const REDIAL: Token = Token(5);
+const FIRST_WORKER: usize = 6;
 
 /// While this many bytes wait for the head, the agent reads nothing more from workers.
 const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
@@ -455,6 +456,7 @@ impl Agent {
                             self.end();
                         }
                     }
+                    REDIAL => self.read_redial(),
                     Token(token) if token >= FIRST_DIALER => {
                         self.read_dialer(token - FIRST_DIALER);
                     }

@@ -89,6 +89,16 @@ impl Orphans {
         self.owners.insert(tempdir.as_bytes().to_vec(), owner);
     }
 
+    /// Records a child that this process has started, and that is no worker.
+    pub fn is_own(&mut self, pid: u32) {
+        self.own.insert(pid);
+    }
+
+    /// Such a child has been reaped: its pid may be reused.
+    pub fn has_ended(&mut self, pid: u32) {
+        self.own.remove(&pid);
+    }
+
     fn is_known(&self, pid: u32) -> bool {
         self.own.contains(&pid) || self.reported.contains(&pid)
     }

@@ -113,7 +113,7 @@ impl Agent {
             let ours = |process: &Option<Process>| process.as_ref().is_some_and(|p| p.pid == pid);
             match self.workers.iter().position(ours) {
                 Some(worker) => self.on_exit(worker as u32),
-                None if self.guard.reap(pid) || self.orphans.reap(pid) => {}
+                None if self.guard.reap(pid) || self.reap_relay(pid) || self.orphans.reap(pid) => {}
                 None => {
                     self.check_all();
                     break;

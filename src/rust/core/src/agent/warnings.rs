@@ -97,6 +97,17 @@ impl Warnings {
         self.signals.is_some()
     }
 
+    /// Whether the job is being ended.
+    pub(super) fn is_terminated(&self) -> bool {
+        let caught = self.signals.as_ref();
+        caught.is_some_and(|caught| caught.terminated.load(Ordering::Relaxed))
+    }
+
+    /// The head is another one, which knows of no warning.
+    pub(super) fn report_again(&mut self) {
+        self.reported = None;
+    }
+
     /// Writes to this socket when a signal arrives.
     pub(super) fn wake_by(&self, socket: &UnixStream) -> io::Result<()> {
         if self.are_caught() {

@@ -5,7 +5,8 @@
 //! There are at most [`MAX_STRANGERS`] of them. If there are more, the oldest is closed once it is [`MIN_AGE`]
 //! old, and the others wait in the system's queue: a real agent needs a few milliseconds and comes through.
 
-use crate::head::hub::SharedCore;
+use crate::agent::linger::{CLUSTER, redial::HAS_ANOTHER};
+use crate::head::hub::{Core, SharedCore};
 use crate::platform::{signals, socket};
 use crate::protocol::control::Facts;
 use crate::protocol::noise::{
@@ -93,6 +94,8 @@ pub struct Connection {
 
 struct Waiting {
     launcher: u32,
+    /// The name of an agent that has workers, and looks for a head.
+    name: Option<String>,
     agent: usize,
     slot: oneshot::Sender<Connection>,
 }
@@ -121,6 +124,8 @@ pub struct DialBack {
     /// The hosts that are given an agent first.
     preferred: Vec<usize>,
     keys: Arc<[(u32, Key)]>,
+    /// The key of the cluster, with which agents introduce themselves that have lost their head.
+    cluster_key: Option<Key>,
     /// The bound addresses.
     addresses: Vec<SocketAddr>,
     /// The number of Unix sockets for gateways.
@@ -133,10 +138,25 @@ pub struct DialBack {
 impl DialBack {
     /// Waits for an agent of this launcher. Agents are given to hosts in the order of these calls.
     pub fn wait(&mut self, launcher: u32, agent: usize) -> oneshot::Receiver<Connection> {
+        self.await_dialler(launcher, None, agent)
+    }
+
+    /// Waits for the agent of this name, which has workers and has lost its head.
+    pub fn wait_for(&mut self, name: &str, agent: usize) -> oneshot::Receiver<Connection> {
+        self.await_dialler(CLUSTER, Some(name.to_owned()), agent)
+    }
+
+    fn await_dialler(
+        &mut self,
+        launcher: u32,
+        name: Option<String>,
+        agent: usize,
+    ) -> oneshot::Receiver<Connection> {
         let (slot, connection) = oneshot::channel();
         self.waiting.retain(|waiting| !waiting.slot.is_closed());
         self.waiting.push_back(Waiting {
             launcher,
+            name,
             agent,
             slot,
         });
@@ -148,9 +168,10 @@ impl DialBack {
         self.preferred = agents.to_vec();
     }
 
-    fn take(&mut self, launcher: u32) -> Option<Waiting> {
+    fn take(&mut self, launcher: u32, name: Option<&str>) -> Option<Waiting> {
         self.waiting.retain(|waiting| !waiting.slot.is_closed());
-        let of = |waiting: &Waiting| waiting.launcher == launcher;
+        let of =
+            |waiting: &Waiting| waiting.launcher == launcher && waiting.name.as_deref() == name;
         let preferred = |w: &Waiting| of(w) && self.preferred.contains(&w.agent);
         let at = self.waiting.iter().position(preferred);
         let at = at.or_else(|| self.waiting.iter().position(of))?;
@@ -174,7 +195,8 @@ impl DialBack {
         ports: &RangeInclusive<u16>,
         keys: Vec<(u32, Key)>,
     ) -> io::Result<u16> {
-        self.keys = keys.into();
+        let cluster = self.cluster_key.iter().map(|key| (CLUSTER, key.clone()));
+        self.keys = keys.into_iter().chain(cluster).collect();
         if addresses.is_empty() {
             return Ok(self.addresses.first().map_or(0, SocketAddr::port));
         }
@@ -186,6 +208,11 @@ impl DialBack {
         info!(port, ?addresses, "listening for agents");
         self.hand_over(listeners.into_iter().map(Bound::Tcp).collect())?;
         Ok(port)
+    }
+
+    /// Sets the key of the cluster. Agents with that key are heard from the next [`DialBack::listen`] on.
+    pub fn set_cluster_key(&mut self, key: Key) {
+        self.cluster_key = Some(key);
     }
 
     /// Listens on a Unix socket at `path`, too, for the connections that a gateway passes on. The directory of the
@@ -425,13 +452,22 @@ async fn admit(
         introduction,
     } = dialled;
     let problem = introduction.problem();
+    let (name, pid) = match introduction.lingers.rsplit_once(' ') {
+        Some((name, pid)) if launcher == CLUSTER => (Some(name), pid.parse::<u32>().ok()),
+        _ => (None, None),
+    };
     let waiting = match &problem {
         Some(_) => None,
-        None => shared_core.core().dial_back.take(launcher),
+        None => shared_core.core().dial_back.take(launcher, name),
     };
     let verdict = match (problem, &waiting) {
         (Some(problem), _) => Verdict::Refused(problem),
         (None, Some(_)) => Verdict::Accepted,
+        (None, None) if launcher == CLUSTER => {
+            let host = name.and_then(host_of);
+            let verdict = host.map(|agent| shared_core.core().refuse_lingering(agent, pid));
+            verdict.unwrap_or_else(|| Verdict::Refused("the cluster has no such agent".to_owned()))
+        }
         (None, None) => Verdict::NotNeeded(
             "the cluster has no free slot for this agent: it has as many as it asked for, or was \
              stopped"
@@ -475,6 +511,35 @@ async fn admit(
             core.dial_back.counts.ended_early += 1;
             core.dial_back.waiting.push_front(waiting);
         }
+    }
+}
+
+/// The index of the host of an agent, from the name of its directory, which ends with the number of the host.
+fn host_of(name: &str) -> Option<usize> {
+    let (_, number) = name.rsplit_once('-')?;
+    number.parse::<usize>().ok()?.checked_sub(1)
+}
+
+impl Core {
+    /// Tells an agent that has lost this head why it has no place here. If it was the agent of its host, that host is
+    /// given up: this head has sent its tasks elsewhere, and the agent waits for another head.
+    fn refuse_lingering(&mut self, agent: usize, pid: Option<u32>) -> Verdict {
+        let Some(host) = self.inbox.hosts.get(agent) else {
+            return Verdict::Refused("the cluster has no such host".to_owned());
+        };
+        let is_known = host.hello.as_ref().map(|hello| Some(hello.pid) == pid);
+        if self.is_attached(agent) {
+            // It may have noticed the end of the connection before this head.
+            return match is_known {
+                Some(false) => Verdict::Refused(HAS_ANOTHER.to_owned()),
+                _ => Verdict::NotNeeded("the agent is connected".to_owned()),
+            };
+        }
+        if is_known == Some(true) {
+            let reason = "its connection has failed, and it waits for another session (`linger`)";
+            self.give_up_host(agent, reason.to_owned(), false);
+        }
+        Verdict::NotNeeded("the session goes on without this host".to_owned())
     }
 }
 

@@ -36,6 +36,9 @@ pub enum Source {
     DialBack {
         /// The number of the launcher.
         launcher: u32,
+        /// The name of the directory of the agent that has workers and looks for its head, if the cluster has had
+        /// another head.
+        lingers: Option<String>,
     },
     /// The agent waits for its head: see [`linger`](crate::agent::linger).
     Waiting {

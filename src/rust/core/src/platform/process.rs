@@ -62,6 +62,14 @@ pub fn die_with_parent(parent: u32) {
     }
 }
 
+/// Undoes [`die_with_parent`].
+pub fn outlive_parent() {
+    // SAFETY: prctl with these arguments has no memory effects.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, 0 as libc::c_ulong);
+    }
+}
+
 /// Makes this process the parent of all descendants that lose theirs.
 pub fn adopt_orphans() {
     // SAFETY: prctl with these arguments has no memory effects.

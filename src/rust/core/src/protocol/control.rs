@@ -98,6 +98,9 @@ pub struct Linger {
     pub key: Secret,
     /// The number of heads that the cluster has had before.
     pub generation: u32,
+    /// The addresses and ports at which an agent that dials back looks for another head. Empty: the agent waits to be
+    /// dialled.
+    pub addresses: Vec<(String, u16)>,
 }
 
 /// A key, which is never shown.

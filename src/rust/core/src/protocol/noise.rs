@@ -68,6 +68,9 @@ pub struct Introduction {
     pub hostname: String,
     /// The name that the batch engine gives to the agent's job; empty if it is not known.
     pub job: String,
+    /// Of an agent that has workers and looks for another head, the name that the head before gave to it, and its pid;
+    /// empty for others.
+    pub lingers: String,
 }
 
 impl Introduction {
@@ -78,13 +81,14 @@ impl Introduction {
             incarnation,
             hostname: truncated(hostname, MAX_TEXT).to_owned(),
             job: truncated(job, MAX_TEXT).to_owned(),
+            lingers: String::new(),
         }
     }
 
     fn encode(&self) -> Vec<u8> {
         let mut bytes = self.protocol.to_le_bytes().to_vec();
         bytes.extend(self.incarnation);
-        for text in [&self.hostname, &self.job] {
+        for text in [&self.hostname, &self.job, &self.lingers] {
             let text = truncated(text, MAX_TEXT);
             bytes.push(text.len() as u8);
             bytes.extend(text.as_bytes());
@@ -107,6 +111,7 @@ impl Introduction {
             incarnation: *incarnation,
             hostname: text()?,
             job: text()?,
+            lingers: text().unwrap_or_default(),
         })
     }
 

@@ -36,6 +36,15 @@ impl Place {
     }
 }
 
+/// Records of a file.
+#[derive(Debug, Default)]
+struct Found {
+    /// The records, with their elements.
+    records: Vec<(Place, Vec<u32>)>,
+    /// The bytes of the file that are durable.
+    durable: u64,
+}
+
 #[derive(Debug)]
 struct ResultsFile {
     path: PathBuf,
@@ -187,10 +196,10 @@ impl Index {
         if len == entry.seen {
             return Ok(());
         }
-        let (found, durable) = self.records_in(at, len)?;
-        let end = found.last().map(|(place, _)| place.end());
-        for (place, elements) in found {
-            let is_durable = place.end() <= durable;
+        let found = self.records_in(at, len)?;
+        let end = found.records.last().map(|(place, _)| place.end());
+        for (place, elements) in found.records {
+            let is_durable = place.end() <= found.durable;
             if !checks || is_durable || is_whole(&self.files[at].file, &place)? {
                 self.insert(place, &elements);
             }
@@ -201,9 +210,8 @@ impl Index {
         Ok(())
     }
 
-    /// Returns the records of a file of this length behind those that were read before, with their elements, and the
-    /// bytes of the file that are durable.
-    fn records_in(&self, at: usize, len: u64) -> io::Result<(Vec<(Place, Vec<u32>)>, u64)> {
+    /// Returns the records of a file of this length behind those that were read before.
+    fn records_in(&self, at: usize, len: u64) -> io::Result<Found> {
         let entry = &self.files[at];
         let mut window = Window {
             file: &entry.file,
@@ -211,20 +219,21 @@ impl Index {
             start: 0,
             bytes: Vec::new(),
         };
-        let mut found = Vec::new();
-        let (mut offset, mut durable) = (entry.end, 0);
+        let mut found = Found::default();
+        let mut offset = entry.end;
         loop {
             match read_head(&mut window, offset)? {
                 Some((head, elements)) => {
-                    durable = head.durable.max(durable);
+                    found.durable = head.durable.max(found.durable);
                     let file = at as u32;
-                    found.push((Place { file, offset, head }, elements));
+                    let place = Place { file, offset, head };
+                    found.records.push((place, elements));
                     offset += head.size();
                 }
                 // Whole records may follow bytes that were lost.
                 None => match next_magic(&mut window, offset + 1)? {
                     Some(next) => offset = next,
-                    None => return Ok((found, durable)),
+                    None => return Ok(found),
                 },
             }
         }
@@ -331,7 +340,7 @@ pub fn elements_of_file(path: &Path, run: RunId) -> io::Result<Vec<u32>> {
     };
     let len = index.files[at].file.metadata()?.len();
     let mut elements = Vec::new();
-    for (place, of_record) in index.records_in(at, len)?.0 {
+    for (place, of_record) in index.records_in(at, len)?.records {
         if is_whole(&index.files[at].file, &place)? {
             elements.extend(of_record);
         }

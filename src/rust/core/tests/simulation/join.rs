@@ -335,7 +335,10 @@ impl Sim {
         let launches = (0..count).map(|_| Launch {
             host: String::new(),
             source: match self.rng.random::<bool>() && self.setup.changes == 0 {
-                true => Source::DialBack { launcher: 0 },
+                true => Source::DialBack {
+                    launcher: 0,
+                    lingers: None,
+                },
                 false => Source::Command {
                     command: Vec::new(),
                     env: Vec::new(),

@@ -11,8 +11,9 @@ use rustcluster_core::head::hub::{Hub, Progress};
 use rustcluster_core::head::scheduler::events::Outcome;
 use rustcluster_core::protocol::frame::MAX_BODY;
 use rustcluster_core::protocol::ids::{CALLS, KEEP, Rank, TaskId};
+use rustcluster_core::protocol::send_queue::OutBuf;
 use rustcluster_core::protocol::setup_calls::SetupCalls;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 /// What is known about the change of heads.
@@ -175,7 +176,7 @@ impl Sim {
         self.ready.clear();
         self.arriving.clear();
         self.away.clear();
-        self.outstanding.iter_mut().for_each(|tasks| tasks.clear());
+        self.outstanding.iter_mut().for_each(VecDeque::clear);
         self.change.calls = 0;
         self.change.ended_calls.clear();
         for task in self.facts.tasks.iter_mut() {
@@ -184,7 +185,7 @@ impl Sim {
         }
         for host in self.hosts.iter_mut().filter(|host| !host.lost) {
             host.head_gone = host.link != Link::Down;
-            host.out = Default::default();
+            host.out = OutBuf::default();
             host.head_received.clear();
         }
         // Nothing reaches the head any more.
@@ -318,7 +319,7 @@ impl Sim {
         self.facts
             .workers
             .iter_mut()
-            .for_each(|known| known.next_head());
+            .for_each(super::parts::WorkerFacts::next_head);
         for at in 0..self.hosts.len() {
             let host = &mut self.hosts[at];
             // Lost hosts come again only after the take-over.

@@ -45,6 +45,8 @@ pub struct Conn {
     pub stop_timeout: Duration,
     /// Notified when the start request has been sent to the agent.
     pub planned: Arc<Notify>,
+    /// Notified when the cluster has begun without the agent.
+    pub late: Arc<Notify>,
     /// When the agent last sent something, once it serves.
     pub last_received: Option<Instant>,
     /// The start request of the agent, if its host may join late or be reconnected.

@@ -59,6 +59,12 @@ impl Hub {
         self.core().dial_back.listen(addresses, ports, keys)
     }
 
+    /// Sets the key with which agents introduce themselves that have lost the head before. To be called before
+    /// [`Hub::listen`].
+    pub fn set_cluster_key(&self, key: Key) {
+        self.core().dial_back.set_cluster_key(key);
+    }
+
     /// Listens for agents whose connections a gateway passes on to a Unix socket at this path. [`Hub::listen`] sets
     /// the keys.
     ///
@@ -71,7 +77,7 @@ impl Hub {
 
 impl Core {
     /// See [`Hub::give_up_host`].
-    fn give_up_host(&mut self, agent: usize, reason: String, quiet: bool) {
+    pub fn give_up_host(&mut self, agent: usize, reason: String, quiet: bool) {
         if self.conns.get(agent).is_some_and(|conn| conn.awaited) {
             self.conns[agent].permanent = true;
             self.conns[agent].stop.notify_one();
@@ -128,6 +134,7 @@ impl Core {
         self.is_elastic = true;
         self.conns[agent].awaited = true;
         self.conns[agent].plan = Some(plan);
+        self.conns[agent].late.notify_one();
         self.inbox.hosts[agent].awaited = true;
         self.scheduler.await_agent(agent);
         self.pump();

@@ -30,7 +30,7 @@ mod writing;
 pub use adaptive::Arrival;
 pub use client::{Answer, Hub, Progress};
 pub use connection::Plan;
-pub(super) use core::SharedCore;
+pub(super) use core::{Core, SharedCore};
 pub use dump::Dump;
 pub use futures::{CallEnd, Waker};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};

@@ -3,7 +3,7 @@
 use super::core::SharedCore;
 use super::inbox::HostFailure;
 use crate::agent::linger;
-use crate::head::dial_back::NO_ADDRESS;
+use crate::head::dial_back::{Connection, NO_ADDRESS};
 use crate::head::launch::{self, AgentProcess, Launch, Launched, Source};
 use crate::platform::exit::Exit;
 use crate::protocol::control::{self, Hello, Secret, ToAgent, ToHead};
@@ -58,7 +58,12 @@ async fn serve_agents(shared_core: &Arc<SharedCore>, agent: usize, launch: Launc
     let failure = serve_one(shared_core, agent, &launch, &hello, false).await;
     fail(shared_core, agent, failure);
     let dials = matches!(launch.source, Source::DialBack { .. });
-    if matches!(launch.source, Source::Waiting { .. }) {
+    let lingers = match &launch.source {
+        Source::Waiting { .. } => true,
+        Source::DialBack { lingers, .. } => lingers.is_some(),
+        Source::Command { .. } => false,
+    };
+    if lingers {
         await_take_over(shared_core, agent).await;
     }
     let mut wait = FIRST_WAIT;
@@ -109,8 +114,13 @@ async fn await_take_over(shared_core: &SharedCore, agent: usize) {
             sleep(TAKE_OVER_CHECK).await;
         }
     };
-    let reconnects = shared_core.core().reconnects;
-    if reconnects {
+    let comes_back = {
+        let core = shared_core.core();
+        // A host that was stopped has taken the notification.
+        let conn = &core.conns[agent];
+        (core.reconnects || conn.dials) && !conn.permanent
+    };
+    if comes_back {
         tokio::select! {
             () = ready => {}
             () = stop.notified() => {}
@@ -142,8 +152,13 @@ async fn serve_one(
     };
     let (command, env) = match source {
         Source::Command { command, env } => (command, env),
-        Source::DialBack { launcher } => {
-            return serve_dialled(shared_core, agent, *launcher, hello, again).await;
+        Source::DialBack { launcher, lingers } => {
+            let lingers = lingers.as_deref().filter(|_| !again);
+            let dialled = await_dialled(shared_core, agent, *launcher, lingers).await;
+            return match dialled {
+                Ok(connection) => serve_dialled(shared_core, agent, connection, hello, again).await,
+                Err(failure) => failure,
+            };
         }
         Source::Waiting { .. } => return HostFailure::new("it cannot be reached".into()),
     };
@@ -211,28 +226,47 @@ async fn serve_one(
     }
 }
 
-/// Waits for an agent that dials back, serves it, and returns why it ended.
-async fn serve_dialled(
+/// Waits for an agent that dials back. `lingers`: the name of the agent that has workers and looks for its head. Once the
+/// cluster has begun without it, an agent of the launcher is waited for: its job may have been waiting in the queue.
+async fn await_dialled(
     shared_core: &SharedCore,
     agent: usize,
     launcher: u32,
+    mut lingers: Option<&str>,
+) -> Result<Connection, HostFailure> {
+    loop {
+        let (dialled, stop, late) = {
+            let mut core = shared_core.core();
+            let conn = &core.conns[agent];
+            let (stop, late) = (conn.stop.clone(), conn.late.clone());
+            let dialled = match lingers {
+                Some(name) => core.dial_back.wait_for(name, agent),
+                None => core.dial_back.wait(launcher, agent),
+            };
+            (dialled, stop, late)
+        };
+        tokio::select! {
+            connection = dialled => {
+                let failed = |_| HostFailure::new("the head listens no more".into());
+                return connection.map_err(failed);
+            }
+            () = stop.notified() => {
+                let reason = "no agent had dialled back when the host was stopped";
+                return Err(HostFailure::new(reason.into()));
+            }
+            () = late.notified(), if lingers.is_some() => lingers = None,
+        }
+    }
+}
+
+/// Serves an agent that has dialled back, and returns why it ended.
+async fn serve_dialled(
+    shared_core: &SharedCore,
+    agent: usize,
+    connection: Connection,
     hello: &Hello,
     again: bool,
 ) -> HostFailure {
-    let (dialled, stop) = {
-        let mut core = shared_core.core();
-        let stop = core.conns[agent].stop.clone();
-        (core.dial_back.wait(launcher, agent), stop)
-    };
-    let connection = tokio::select! {
-        connection = dialled => connection,
-        () = stop.notified() => {
-            return HostFailure::new("no agent had dialled back when the host was stopped".into());
-        }
-    };
-    let Ok(connection) = connection else {
-        return HostFailure::new("the head listens no more".into());
-    };
     {
         let mut core = shared_core.core();
         let host = &mut core.inbox.hosts[agent];
