@@ -2,7 +2,7 @@
 #
 #   Rscript tools/run-tests.R SUMMARY [FILE ...]   runs these test files ("nodes" for test-nodes.R), or all
 #
-# Most tests wait most of the time. Two files run at a time, each in a session of its own, and those whose limits of
+# Most tests wait most of the time. Three files run at a time, each in a session of its own, and those whose limits of
 # time leave no room for other load run alone, at the end. RUSTCLUSTER_TEST_JOBS sets how many run at a time. The
 # long tests use batch engines and the memory of the machine: they run one at a time.
 alone <- c("interrupt", "joined-clusters", "snow")
@@ -53,7 +53,7 @@ run_all <- function(names, summary) {
   }
   # Large files take long: they begin first.
   names <- names[order(-file.size(file.path("tests", "testthat", paste0("test-", names, ".R"))))]
-  jobs <- Sys.getenv("RUSTCLUSTER_TEST_JOBS", if (nzchar(Sys.getenv("RUSTCLUSTER_LONG_TESTS"))) "1" else "2")
+  jobs <- Sys.getenv("RUSTCLUSTER_TEST_JOBS", if (nzchar(Sys.getenv("RUSTCLUSTER_LONG_TESTS"))) "1" else "3")
   run(setdiff(names, alone), jobs)
   run(intersect(names, alone), "1")
 
