@@ -263,7 +263,12 @@ async fn converse(
     let Some(_answering) = Answering::begin(&limits.requests) else {
         return refuse(stream, Status::Busy, request.head_only).await;
     };
-    let mut answer = answer_to(&request, shared_core, access).await;
+    if let Route::Figures(query) = &request.route {
+        if !request.head_only && !hold(&mut stream, shared_core, query).await {
+            return;
+        }
+    }
+    let mut answer = answer_to(&request, shared_core, access);
     if request.head_only {
         let head = answer.find("\r\n\r\n").map_or(answer.len(), |end| end + 4);
         answer.truncate(head);
@@ -322,20 +327,28 @@ async fn refuse(mut stream: TcpStream, status: Status, head_only: bool) {
     let _ = timeout(LINGER, drain).await;
 }
 
-async fn answer_to(
-    request: &Request,
-    shared_core: &SharedCore,
-    access: &RefCell<Access>,
-) -> String {
+/// Holds a request for as long as the page asks for, or until there is news. Returns whether the page is still there: a
+/// page that was closed must not keep one of the places.
+async fn hold(stream: &mut TcpStream, shared_core: &SharedCore, query: &str) -> bool {
+    let query = FigureQuery::parse(query);
+    let wait = query.wait.min(MAX_WAIT);
+    if wait.is_zero() {
+        return true;
+    }
+    let mut more = [0];
+    tokio::select! {
+        () = shared_core.wait_for_news(&query, wait) => true,
+        // Nothing follows a request but the end of the connection.
+        _ = stream.read(&mut more) => false,
+    }
+}
+
+fn answer_to(request: &Request, shared_core: &SharedCore, access: &RefCell<Access>) -> String {
     match &request.route {
         Route::Page => page(),
         Route::PageWithoutSlash => http::redirect(&format!("./{}/", access.borrow().token)),
         Route::Figures(query) => {
             let query = FigureQuery::parse(query);
-            let wait = query.wait.min(MAX_WAIT);
-            if !request.head_only && !wait.is_zero() {
-                shared_core.wait_for_news(&query, wait).await;
-            }
             let mut json = Json::default();
             shared_core.figures(&query).write(&mut json);
             let body = json.finish();
