@@ -115,7 +115,7 @@ fn hub_figures(handle: Robj) -> Robj {
                     noun = job.noun.as_str(),
                     tasks = job.tasks as f64,
                     done = job.gauge.done() as f64,
-                    failed = job.failed as f64,
+                    failed = job.failed() as f64,
                     seconds = figures.job_seconds(job),
                     ended = job.ended.is_some(),
                     store = store

@@ -3,6 +3,7 @@
 
 use crate::head::activity::{Moment, TOO_LONG};
 use crate::head::scheduler::events::{Note, Outcome, Termination};
+use crate::platform::exit::Exit;
 use crate::protocol::control::WorkerFailure;
 use crate::protocol::ids::{JobId, Rank};
 use crate::store::Gauge;
@@ -20,19 +21,28 @@ const MAX_OUTPUT: usize = 4000;
 /// Maximum number of exports.
 const MAX_EXPORTS: usize = 200;
 
-/// The number of ended tasks of a job. R's thread sets it, and any thread may read it.
+/// The numbers of tasks of a job that have ended, and that have ended without an answer. R's thread sets them, and any
+/// thread may read them.
 #[derive(Debug, Default)]
-pub struct JobGauge(AtomicUsize);
+pub struct JobGauge {
+    done: AtomicUsize,
+    unanswered: AtomicUsize,
+}
 
 impl JobGauge {
-    /// Sets the number.
+    /// Sets the number of ended tasks.
     pub fn set(&self, done: usize) {
-        self.0.store(done, Ordering::Relaxed);
+        self.done.store(done, Ordering::Relaxed);
     }
 
-    /// The number.
+    /// The number of ended tasks.
     pub fn done(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Counts tasks whose worker failed on all attempts, or that exceeded their time limit.
+    pub fn add_unanswered(&self, tasks: usize) {
+        self.unanswered.fetch_add(tasks, Ordering::Relaxed);
     }
 }
 
@@ -64,10 +74,17 @@ pub struct JobView {
     pub began: Moment,
     /// When the job ended, if it has.
     pub ended: Option<Moment>,
-    /// Number of errors and time limits.
-    pub failed: u64,
+    /// Number of answers that are errors.
+    pub errors: u64,
     /// Where the results are stored, if they are.
     pub store: Option<StoreView>,
+}
+
+impl JobView {
+    /// Number of tasks that have failed.
+    pub fn failed(&self) -> u64 {
+        self.errors + self.gauge.unanswered.load(Ordering::Relaxed) as u64
+    }
 }
 
 /// The kind of a failure.
@@ -180,8 +197,9 @@ impl Board {
 
     /// A task of this worker raised an error, or exceeded its time limit.
     pub fn task_failed(&mut self, kind: FailureKind, rank: Rank, text: &str, now: Moment) {
-        if let Some(job) = self.job.as_mut().filter(|job| job.ended.is_none()) {
-            job.failed += 1;
+        let job = self.job.as_mut().filter(|job| job.ended.is_none());
+        if let Some(job) = job.filter(|_| kind == FailureKind::Error) {
+            job.errors += 1;
         }
         self.add(kind, Some(rank), None, text, "", now);
     }
@@ -196,7 +214,15 @@ impl Board {
             true => "; probably by the out-of-memory killer",
             false => "",
         };
-        let text = format!("{}{oom}", failure.exit);
+        let name = match failure.exit {
+            Exit::Signal(libc::SIGABRT) => " (SIGABRT)",
+            Exit::Signal(libc::SIGBUS) => " (SIGBUS)",
+            Exit::Signal(libc::SIGKILL) => " (SIGKILL)",
+            Exit::Signal(libc::SIGSEGV) => " (SIGSEGV)",
+            Exit::Signal(libc::SIGTERM) => " (SIGTERM)",
+            _ => "",
+        };
+        let text = format!("{}{name}{oom}", failure.exit);
         self.add(
             FailureKind::Worker,
             Some(rank),
@@ -242,10 +268,9 @@ impl Board {
             tail(output.trim_end(), MAX_OUTPUT),
         );
         let same = |failure: &Failure| {
-            failure.kind == kind
-                && failure.agent == agent
-                && failure.text == text
-                && failure.output == output
+            let same_output =
+                failure.output == output || kind == FailureKind::Worker && failure.rank == rank;
+            failure.kind == kind && failure.agent == agent && failure.text == text && same_output
         };
         let known = self.failures.iter().position(same);
         let failure = match known.and_then(|at| self.failures.remove(at)) {
@@ -254,6 +279,7 @@ impl Board {
                 count: failure.count + 1,
                 at: now,
                 rank,
+                output: output.to_owned(),
                 ..failure
             },
             None => {
@@ -378,17 +404,20 @@ mod tests {
             gauge: Arc::default(),
             began: NOW,
             ended: None,
-            failed: 0,
+            errors: 0,
             store: None,
         };
         board.begin(job);
         board.task_failed(FailureKind::Error, 0, "no", NOW);
+        // The job itself counts tasks without an answer.
+        board.task_failed(FailureKind::Timeout, 0, "no", NOW);
+        board.job.as_ref().unwrap().gauge.add_unanswered(1);
         board.end(6, 2 * NOW);
         board.end(7, 2 * NOW);
         board.end(7, 3 * NOW);
         board.task_failed(FailureKind::Error, 0, "no", NOW);
         let job = board.job.unwrap();
-        assert_eq!((job.failed, job.ended), (1, Some(2 * NOW)));
+        assert_eq!((job.failed(), job.ended), (2, Some(2 * NOW)));
     }
 
     #[test]

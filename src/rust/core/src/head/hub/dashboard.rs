@@ -74,7 +74,7 @@ impl Hub {
             gauge,
             began,
             ended: None,
-            failed: 0,
+            errors: 0,
             store,
         });
     }

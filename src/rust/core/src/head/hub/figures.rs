@@ -490,7 +490,7 @@ impl Figures {
         json.name("noun").text(&job.noun);
         json.name("tasks").number(job.tasks as u64);
         json.name("done").number(job.gauge.done() as u64);
-        json.name("failed").number(job.failed);
+        json.name("failed").number(job.failed());
         json.name("seconds").decimal(self.job_seconds(job));
         json.name("ended").flag(job.ended.is_some());
         if let Some(store) = &job.store {

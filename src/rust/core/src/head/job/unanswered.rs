@@ -67,6 +67,7 @@ impl Job {
     pub fn made(&mut self) -> Option<Failed> {
         let failed = self.failed.pop_front()?;
         self.ended(failed.tasks().len());
+        self.gauge.add_unanswered(failed.tasks().len());
         Some(failed)
     }
 
