@@ -204,8 +204,9 @@ test_that("two pages are told that the cluster has been stopped, and nothing is 
   before <- c(open_fds(), threads_of())
   cl <- local_cluster(2)
   address <- clusterDashboard(cl, browse = FALSE)
-  children <- lapply(1:2, function(i) {
-    start_child({
+  children <- list()
+  for (i in 1:2) {
+    children[[i]] <- start_child({
       first <- http_get(address, "figures")
       say("ready", first$status)
       repeat {
@@ -214,7 +215,7 @@ test_that("two pages are told that the cluster has been stopped, and nothing is 
       }
       say("body", body)
     }, list(http_get = http_get, address = address), attach = FALSE)
-  })
+  }
   for (child in children) expect_identical(child_wait_for(child, "ready"), "200")
   expect_true(rustcluster:::hub_watched(cl[[1L]]$handle$pointer))
   stopCluster(cl)
