@@ -1,7 +1,7 @@
 # What the dashboard costs: many short tasks with an open page, compared with the same without one, in turn; and the CPU
 # time of an idle session with and without a page.
 #
-#   Rscript dashboard.R [workers=320] [tasks=100000] [rounds=9] [seconds=20]
+#   Rscript dashboard.R [workers=320] [tasks=100000] [calls=10] [rounds=9] [seconds=20]
 #
 # The page is a process that asks for figures as the page of a browser does, so that a browser's own work is not measured.
 
@@ -12,6 +12,8 @@ suppressPackageStartupMessages(library(rustcluster))
 
 workers <- as.integer(option("workers", "320"))
 tasks <- as.integer(option("tasks", "100000"))
+# The calls of a run, which must take several seconds: a page asks once a second.
+calls <- as.integer(option("calls", "10"))
 rounds <- as.integer(option("rounds", "9"))
 seconds <- as.numeric(option("seconds", "20"))
 
@@ -53,7 +55,7 @@ cpu <- function() sum(proc.time()[c("user.self", "sys.self")])
 cl <- makeRustCluster(workers)
 address <- clusterDashboard(cl, browse = FALSE)
 run <- function() {
-  took <- system.time(parallel::clusterApplyLB(cl, seq_len(tasks), identity))
+  took <- system.time(for (call in seq_len(calls)) parallel::clusterApplyLB(cl, seq_len(tasks), identity))
   c(elapsed = took[["elapsed"]], cpu = took[["user.self"]] + took[["sys.self"]])
 }
 run()
@@ -76,8 +78,8 @@ ratios <- vapply(seq_len(rounds), function(round) {
   c(with / without, without)
 }, numeric(4L))
 cat(sprintf(
-  "%d tasks on %d workers: with a page %.3f times as long (median of %d pairs, %.3f to %.3f), CPU time of R %.3f\n",
-  tasks, workers, stats::median(ratios[1L, ]), rounds, min(ratios[1L, ]), max(ratios[1L, ]), stats::median(ratios[2L, ])
+  "%d times %d tasks on %d workers: with a page %.3f times as long (median of %d pairs, %.3f to %.3f), CPU time of R %.3f\n",
+  calls, tasks, workers, stats::median(ratios[1L, ]), rounds, min(ratios[1L, ]), max(ratios[1L, ]), stats::median(ratios[2L, ])
 ))
 
 idle <- function() {
