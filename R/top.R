@@ -99,7 +99,8 @@ topStatus <- function(figures) {
 
 topJob <- function(figures, before, width) {
   job <- figures$job
-  if (is.null(job)) return("no call has begun")
+  # Calls of clusterSubmit() are counted below.
+  if (is.null(job)) return(if (figures$done + figures$waiting + figures$running == 0) "nothing has run yet")
   rate <- if (job$seconds > 0) job$done / job$seconds else 0
   last <- before$job
   if (!is.null(last) && !job$ended && job$seconds > last$seconds && job$done > last$done &&

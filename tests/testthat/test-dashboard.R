@@ -296,7 +296,7 @@ test_that("bad arguments are named", {
 test_that("clusterTop() prints the figures once where there is no terminal", {
   cl <- local_cluster(2)
   text <- function(cl) paste(cli::ansi_strip(capture.output(expect_invisible(clusterTop(cl)))), collapse = "\n")
-  expect_match(text(cl), "all is well, 0 of 2 workers busy\nno call has begun\n", fixed = TRUE)
+  expect_match(text(cl), "all is well, 0 of 2 workers busy\nnothing has run yet\n", fixed = TRUE)
   clusterLapply(cl, 1:10, function(i) if (i == 3) stop("no\nconvergence") else i, .errors = "return")
   trap <- trap()
   with_losses(clusterLapply(cl, 1:4, function(i, trap) spring(trap), trap))
