@@ -233,20 +233,21 @@ impl Board {
         );
     }
 
-    /// Records a note of the scheduler, if it is about a failure. Returns whether it is.
-    pub fn note(&mut self, note: &Note, now: Moment) -> bool {
+    /// Records a note of the scheduler, if it is about a failure. Returns whether it is. `now` is called only then:
+    /// most notes are answers.
+    pub fn note(&mut self, note: &Note, now: impl FnOnce() -> Moment) -> bool {
         match note {
-            Note::Lost { rank, failure, .. } => self.worker_failed(*rank, failure, now),
+            Note::Lost { rank, failure, .. } => self.worker_failed(*rank, failure, now()),
             Note::Terminated { rank, termination } => match &**termination {
-                Termination::Worker(failure) => self.worker_failed(*rank, failure, now),
+                Termination::Worker(failure) => self.worker_failed(*rank, failure, now()),
                 _ => return false,
             },
             Note::Done {
                 rank,
                 outcome: Outcome::TimedOut,
                 ..
-            } => self.task_failed(FailureKind::Timeout, *rank, TOO_LONG, now),
-            Note::LeftOut { agent, reason } => self.host_failed(*agent, reason, "", now),
+            } => self.task_failed(FailureKind::Timeout, *rank, TOO_LONG, now()),
+            Note::LeftOut { agent, reason } => self.host_failed(*agent, reason, "", now()),
             _ => return false,
         }
         true
@@ -383,7 +384,7 @@ mod tests {
             failure,
             task: true,
         };
-        assert!(board.note(&lost, NOW));
+        assert!(board.note(&lost, || NOW));
         let shown = board.failures_since(0).next().unwrap();
         assert!(shown.output.ends_with("segfault ***") && shown.output.len() <= MAX_OUTPUT);
         assert!(shown.text.contains("out-of-memory"));
@@ -391,7 +392,7 @@ mod tests {
             rank: 0,
             termination: Arc::new(Termination::Stopped),
         };
-        assert!(!board.note(&stopped, NOW));
+        assert!(!board.note(&stopped, || NOW));
     }
 
     #[test]

@@ -673,7 +673,7 @@ impl Core {
             }
             for note in notes {
                 self.recent.note(&note, self.began);
-                self.board.note(&note, self.began.elapsed());
+                self.board.note(&note, || self.began.elapsed());
                 match &note {
                     Note::LeftOut { agent, .. } => {
                         // An agent that does not end on request is killed.
