@@ -207,6 +207,10 @@ impl Drop for Writer {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        // A gauge may live on, and needs none of what could not be written.
+        let mut queue = self.shared.queue();
+        queue.items = Vec::new();
+        queue.list = ListPayload::default();
     }
 }
 
