@@ -179,11 +179,15 @@ fn silent_connections_do_not_keep_a_page_out() {
 fn too_many_requests_of_pages_are_refused() {
     let served = serve();
     let path = format!("/{}/figures?wait=30000", served.token);
-    let mut held: Vec<TcpStream> = (0..32).map(|_| served.connect()).collect();
-    for stream in &mut held {
+    let mut held = Vec::new();
+    for _ in 0..32 {
+        // The request before is being held once a later one has been answered.
+        assert!(served.works());
+        let mut stream = served.connect();
         stream
             .write_all(request(&path, "localhost").as_bytes())
             .unwrap();
+        held.push(stream);
     }
     let began = Instant::now();
     while served.works() {
