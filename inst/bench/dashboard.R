@@ -1,7 +1,7 @@
 # What the dashboard costs: many short tasks with an open page, compared with the same without one, in turn; and the CPU
 # time of an idle session with and without a page.
 #
-#   Rscript dashboard.R [workers=320] [tasks=100000] [calls=10] [rounds=9] [seconds=20]
+#   Rscript dashboard.R [workers=320] [tasks=100000] [calls=3] [rounds=40] [seconds=20]
 #
 # The page is a process that asks for figures as the page of a browser does, so that a browser's own work is not measured.
 
@@ -12,9 +12,10 @@ suppressPackageStartupMessages(library(rustcluster))
 
 workers <- as.integer(option("workers", "320"))
 tasks <- as.integer(option("tasks", "100000"))
-# The calls of a run, which must take several seconds: a page asks once a second.
-calls <- as.integer(option("calls", "10"))
-rounds <- as.integer(option("rounds", "9"))
+# The calls of a run, which must take more than a second: a page asks once a second. Many short pairs are compared, because
+# other processes disturb long ones more.
+calls <- as.integer(option("calls", "3"))
+rounds <- as.integer(option("rounds", "40"))
 seconds <- as.numeric(option("seconds", "20"))
 
 # Asks for figures until the file exists, as the page does: the bins of the timeline that are new, once a second.
@@ -30,7 +31,7 @@ while (!file.exists(args[[2]])) {
   close(connection)
   now <- as.numeric(sub(".*\\"now\\":([0-9.]+).*", "\\\\1", text))
   first <- max(0, floor(now * 4) - 3)
-  file.create(args[[3]], showWarnings = FALSE)
+  if (!file.exists(args[[3]])) writeLines(as.character(Sys.getpid()), args[[3]])
 }
 '
 script <- tempfile(fileext = ".R")
@@ -40,13 +41,13 @@ open_page <- function(address) {
   files <- tempfile(c("end-", "asked-"))
   rscript <- file.path(R.home("bin"), "Rscript")
   system2(rscript, c("--vanilla", script, shQuote(address), files), wait = FALSE)
-  while (!file.exists(files[[2L]])) Sys.sleep(0.05)
-  files[[1L]]
+  while (!isTRUE(file.size(files[[2L]]) > 1)) Sys.sleep(0.05)
+  list(end = files[[1L]], pid = as.integer(readLines(files[[2L]])))
 }
 
 # The page ends with its next answer.
 close_page <- function(page) {
-  file.create(page)
+  file.create(page$end)
   Sys.sleep(1.5)
 }
 
@@ -60,11 +61,12 @@ run <- function() {
 }
 run()
 
+page <- open_page(address)
 ratios <- vapply(seq_len(rounds), function(round) {
-  # Which of the two comes first changes in each round.
+  # Which of the two comes first changes in each round. A page that is stopped asks for nothing.
   with_page <- function() {
-    page <- open_page(address)
-    on.exit(close_page(page))
+    tools::pskill(page$pid, tools::SIGCONT)
+    on.exit(tools::pskill(page$pid, tools::SIGSTOP))
     run()
   }
   if (round %% 2) {
@@ -74,13 +76,16 @@ ratios <- vapply(seq_len(rounds), function(round) {
     with <- with_page()
     without <- run()
   }
-  cat(sprintf("  %2d: without %.2f s, with a page %.2f s\n", round, without[["elapsed"]], with[["elapsed"]]))
   c(with / without, without)
 }, numeric(4L))
+tools::pskill(page$pid, tools::SIGCONT)
+close_page(page)
+quartiles <- stats::quantile(ratios[1L, ], c(0.25, 0.5, 0.75), names = FALSE)
 cat(sprintf(
-  "%d times %d tasks on %d workers: with a page %.3f times as long (median of %d pairs, %.3f to %.3f), CPU time of R %.3f\n",
-  calls, tasks, workers, stats::median(ratios[1L, ]), rounds, min(ratios[1L, ]), max(ratios[1L, ]), stats::median(ratios[2L, ])
+  "%d times %d tasks on %d workers, %.1f s: with a page %.3f times as long (median of %d pairs, quartiles %.3f and %.3f)\n",
+  calls, tasks, workers, stats::median(ratios[3L, ]), quartiles[[2L]], rounds, quartiles[[1L]], quartiles[[3L]]
 ))
+cat(sprintf("CPU time of R: %.3f times as much (median)\n", stats::median(ratios[2L, ])))
 
 idle <- function() {
   before <- cpu()
