@@ -3,8 +3,8 @@
 #' What a cluster is doing, as text in a terminal
 #'
 #' Shows what [clusterDashboard()] shows, as text: the state of the cluster, the last call with its progress, rate and
-#' remaining time, workers, hosts, memory, data sent, and the last failures. In a terminal, the text is refreshed until a
-#' key is pressed. Elsewhere it is printed once.
+#' remaining time, workers, hosts, memory, data sent, and the last failures. In a terminal, the text is refreshed until
+#' a key is pressed. Elsewhere it is printed once.
 #'
 #' This function occupies the session: use it while calls of [clusterSubmit()] or [clusterLapplyAsync()] run, and
 #' [clusterDashboard()] to watch `parLapply()` and other functions that wait for their results.
@@ -81,7 +81,9 @@ topStatus <- function(figures) {
   # Workers of a host that is up and has not replaced them.
   lost <- max(0, count("l") - sum((hosts$workers - hosts$up)[gone]))
   bad <- c(
-    if (any(gone)) paste0("host ", paste(sQuote(printable(hosts$host[gone])), collapse = ", "), " is lost or has failed"),
+    if (any(gone)) {
+      paste0("host ", paste(sQuote(printable(hosts$host[gone])), collapse = ", "), " is lost or has failed")
+    },
     if (lost > 0 && any(up)) paste(counted(lost, "worker"), "lost and not replaced")
   )
   job <- figures$job
@@ -93,8 +95,8 @@ topStatus <- function(figures) {
   )
   if (length(bad)) return(cli::col_red(paste(cli::symbol$cross, paste(c(bad, warn), collapse = "; "))))
   if (length(warn)) return(cli::col_yellow(paste(cli::symbol$warning, paste(warn, collapse = "; "))))
-  cli::col_green(paste0(cli::symbol$tick, " all is well, ", count("bed"), " of ", counted(nchar(figures$states), "worker"),
-                        " busy"))
+  workers <- counted(nchar(figures$states), "worker")
+  cli::col_green(paste0(cli::symbol$tick, " all is well, ", count("bed"), " of ", workers, " busy"))
 }
 
 topJob <- function(figures, before, width) {
@@ -177,8 +179,8 @@ topFailures <- function(figures, width) {
     text <- gsub("[[:space:]]*\n[[:space:]]*", " ", trimws(printable(failure$text)))
     c(
       paste0(
-        failure$kind, ", ", where, ", ", ago, " ago", if (failure$count > 1) paste0(" (x", formatCount(failure$count), ")"),
-        ": ", text
+        failure$kind, ", ", where, ", ", ago, " ago",
+        if (failure$count > 1) paste0(" (x", formatCount(failure$count), ")"), ": ", text
       ),
       if (length(output)) paste0("    ", output)
     )

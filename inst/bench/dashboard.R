@@ -3,7 +3,7 @@
 #
 #   Rscript dashboard.R [workers=320] [tasks=100000] [calls=3] [rounds=40] [seconds=20]
 #
-# The page is a process that asks for figures as the page of a browser does, so that a browser's own work is not measured.
+# The page is a process that asks for figures as the page of a browser does: a browser's own work is not measured.
 
 here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
 here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
@@ -12,8 +12,8 @@ suppressPackageStartupMessages(library(rustcluster))
 
 workers <- as.integer(option("workers", "320"))
 tasks <- as.integer(option("tasks", "100000"))
-# The calls of a run, which must take more than a second: a page asks once a second. Many short pairs are compared, because
-# other processes disturb long ones more.
+# The calls of a run, which must take more than a second: a page asks once a second. Many short pairs are compared,
+# because other processes disturb long ones more.
 calls <- as.integer(option("calls", "3"))
 rounds <- as.integer(option("rounds", "40"))
 seconds <- as.numeric(option("seconds", "20"))
@@ -82,7 +82,7 @@ tools::pskill(page$pid, tools::SIGCONT)
 close_page(page)
 quartiles <- stats::quantile(ratios[1L, ], c(0.25, 0.5, 0.75), names = FALSE)
 cat(sprintf(
-  "%d times %d tasks on %d workers, %.1f s: with a page %.3f times as long (median of %d pairs, quartiles %.3f and %.3f)\n",
+  "%d times %d tasks on %d workers, %.1f s: with a page %.3f times as long (%d pairs; quartiles %.3f and %.3f)\n",
   calls, tasks, workers, stats::median(ratios[3L, ]), quartiles[[2L]], rounds, quartiles[[1L]], quartiles[[3L]]
 ))
 cat(sprintf("CPU time of R: %.3f times as much (median)\n", stats::median(ratios[2L, ])))

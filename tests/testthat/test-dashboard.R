@@ -8,7 +8,7 @@ watch_processes()
 http_get <- function(address, path = "", host = NULL, method = "GET") {
   parts <- regmatches(address, regexec("^http://([^/]*):([0-9]+)(/.*)$", address))[[1L]]
   connection <- socketConnection(parts[[2L]], as.integer(parts[[3L]]), open = "r+b", blocking = TRUE, timeout = 60)
-  on.exit(close(connection))
+  on.exit(close(connection), add = TRUE, after = FALSE)
   if (is.null(host)) host <- paste0(parts[[2L]], ":", parts[[3L]])
   target <- if (startsWith(path, "/")) path else paste0(parts[[4L]], path)
   request <- c(paste(method, target, "HTTP/1.1"), if (nzchar(host)) paste("Host:", host), "", "")
@@ -83,7 +83,8 @@ test_that("figures are live while R is busy", {
   }, list(http_get = http_get, address = address), attach = FALSE)
   file <- tempfile()
   # The call goes on until the child has seen it.
-  clusterLapply(cl, 1:1000, function(i, file) if (!file.exists(file)) Sys.sleep(0.02), file, .onResult = function(i, x) {
+  work <- function(i, file) if (!file.exists(file)) Sys.sleep(0.02)
+  clusterLapply(cl, 1:1000, work, file, .onResult = function(i, x) {
     if (!is.null(child_said(child, "body"))) file.create(file)
   })
   body <- child_wait_for(child, "body")
@@ -117,7 +118,7 @@ test_that("a worker failure is shown at once, with its output", {
       }
     }
     # The call goes on until the failure has been shown.
-    while (i == 2 && !any(grepl("^body", tryCatch(readLines(file.path(dir, "said")), error = function(e) "")))) {
+    while (i == 2 && !any(startsWith(tryCatch(readLines(file.path(dir, "said")), error = function(e) ""), "body"))) {
       Sys.sleep(0.01)
     }
     i
@@ -166,7 +167,7 @@ test_that("stored results, exports and calls that wait are shown", {
   expect_no_match(figures_of(address, paste0("exports=", figure(body, "exportChanges"))), "\"exports\":", fixed = TRUE)
 
   dir <- tempfile("run-")
-  on.exit(unlink(dir, recursive = TRUE), add = TRUE)
+  on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
   f <- global(function(i) if (i > 6) stop("later") else i)
   clusterLapply(cl, 1:8, f, .store = dir, .errors = "return")
   expect_match(figures_of(address), "\"elements\":8,\"before\":0,\"waiting\":0,\"trouble\":null", fixed = TRUE)
@@ -246,7 +247,9 @@ test_that("without a page nothing is open and nobody watches", {
 test_that("an address that other machines reach is a warning, and the page moves there", {
   cl <- local_cluster(1)
   first <- clusterDashboard(cl, browse = FALSE)
-  expect_warning(address <- clusterDashboard(cl, browse = FALSE, host = "0.0.0.0"), class = "rustcluster_dashboard_exposed")
+  expect_warning(
+    address <- clusterDashboard(cl, browse = FALSE, host = "0.0.0.0"), class = "rustcluster_dashboard_exposed"
+  )
   expect_match(address, Sys.info()[["nodename"]], fixed = TRUE)
   local <- sub("//[^/]*:", "//127.0.0.1:", address)
   expect_identical(http_get(local)$status, 200L)
@@ -264,7 +267,7 @@ test_that("a viewer is preferred to the browser", {
   shown <- list()
   note <- function(by) function(url, ...) shown[[by]] <<- url
   before <- options(viewer = note("viewer"), browser = note("browser"))
-  on.exit(options(before), add = TRUE)
+  on.exit(options(before), add = TRUE, after = FALSE)
   address <- expect_invisible(clusterDashboard(cl, browse = TRUE))
   expect_identical(shown, list(viewer = address))
   options(viewer = NULL)
@@ -282,7 +285,9 @@ test_that("bad arguments are named", {
   }
   for (port in list("80", -1, 1.5, 65536, NA, NULL)) expect_identical(bad(cl, browse = FALSE, port = port), "port")
   # Of a network for documentation.
-  failure <- expect_error(clusterDashboard(cl, browse = FALSE, host = "192.0.2.1"), class = "rustcluster_dashboard_failed")
+  failure <- expect_error(
+    clusterDashboard(cl, browse = FALSE, host = "192.0.2.1"), class = "rustcluster_dashboard_failed"
+  )
   expect_identical(failure$host, "192.0.2.1")
   port <- as.integer(sub(".*:([0-9]+)/.*", "\\1", clusterDashboard(cl, browse = FALSE)))
   other <- local_cluster(1)
@@ -323,7 +328,7 @@ test_that("a fork of this session does not keep the port", {
   on.exit({
     tools::pskill(job$pid, tools::SIGKILL)
     suppressWarnings(parallel::mccollect(job))
-  }, add = TRUE)
+  }, add = TRUE, after = FALSE)
   stopCluster(cl)
   expect_true(wait_until(function() !is_listening(address)))
 })
@@ -338,9 +343,10 @@ in_browser <- function(address, lines, values = character()) {
   skip_if_not(all(nzchar(programs)), "there is no Chromium: programs chromium and chromedriver")
   home <- tempfile("browsers-")
   dir.create(home)
-  on.exit(unlink(home, recursive = TRUE))
+  on.exit(unlink(home, recursive = TRUE), add = TRUE, after = FALSE)
   ran <- run_python(env = c(paste0(c("HOME=", "TMPDIR="), home), "no_proxy=localhost,127.0.0.1"), lines = c(
-    sprintf("%s = '%s'", c("url", "home", "chromium", "chromedriver", names(values)), c(address, home, programs, values)),
+    sprintf("%s = '%s'", c("url", "home", "chromium", "chromedriver"), c(address, home, programs)),
+    sprintf("%s = '%s'", names(values), values),
     "import time, os",
     "from selenium import webdriver",
     "from selenium.webdriver.chrome.service import Service",
