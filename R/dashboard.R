@@ -3,10 +3,10 @@
 
 #' A page in the browser with what a cluster is doing
 #'
-#' Opens a page that shows, live, whether all is well, how far the running call is and how long it still takes, what
-#' each worker is doing and has done over time, the hosts, memory and data sent, calls that wait, stored results (`.store`
-#' of [clusterLapply()]), batch jobs, exports with their sizes, and failures with the last output of the worker. The page
-#' is live while this session is busy: a thread of the cluster serves it, not R.
+#' Opens a page that shows, live, whether all is well, how far the running call is and how long it still takes,
+#' what each worker is doing and has done over time, the hosts, memory and data sent, calls that wait, stored
+#' results (`.store` of [clusterLapply()]), batch jobs, exports with their sizes, and failures with the last output
+#' of the worker. The page is live while this session is busy: a thread of the cluster serves it, not R.
 #'
 #' The page needs no network and no package. It can be used with the keyboard, and has a dark and a light form. Any
 #' number of pages can be open at once. While no page is open, nothing is collected for it, and nothing runs.
