@@ -54,6 +54,7 @@ conditionClasses <- list(
       "if it is known)."
     ),
     no_task = "A result was to be received, but no task is outstanding.",
+    dashboard_failed = "The dashboard could not be opened at this address. Fields `host`, `port`.",
     busy = "The cluster is busy with another call from this session.",
     stopped = "The cluster, or this node, has been stopped.",
     forked = "The cluster belongs to the process that this one was forked from.",
@@ -107,6 +108,7 @@ conditionClasses <- list(
       "A host could not save results (`.save = \"hosts\"`): its workers send them without. Fields `host`, `reason`."
     ),
     host_left_out = "A host could not be started, and `on_failure = \"warn\"`. Fields `host`, `report`.",
+    dashboard_exposed = "Other machines can reach the dashboard. Fields `host`, `port`.",
     deprecated = paste(
       "An argument was given by its old name. It is raised once a session for each argument, and inherits from",
       "`deprecatedWarning`. Fields `old`, `new`."

@@ -4,7 +4,10 @@
 # error, and that is not raised again.
 showEvents <- function(handle, except = NULL) {
   acknowledgeLosses(handle)
-  if (length(handle$batches)) tendBatches(handle)
+  if (length(handle$batches)) {
+    tendBatches(handle)
+    reportJobs(handle)
+  }
   # The hub reports each event once.
   suspendInterrupts(show(hub_events(handle$pointer), handle, except))
   raisePending(handle)

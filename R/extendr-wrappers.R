@@ -349,6 +349,32 @@ calls_to_check <- function(handle) .Call(wrap__calls_to_check, handle)
 #' @noRd
 calls_wake <- function(handle, number, loops) .Call(wrap__calls_wake, handle, number, loops)
 
+#' Serves the dashboard at this address of this machine. `port`: 0 for any free port. `names`: further names in the
+#' `Host` header under which the page may be asked for. Returns a list of the port, the token and whether the address is
+#' a loopback address.
+#' @noRd
+hub_dashboard_open <- function(handle, host, port, names) .Call(wrap__hub_dashboard_open, handle, host, port, names)
+
+#' Allows requests for the dashboard under another name of the host.
+#' @noRd
+hub_dashboard_allow <- function(handle, name) .Call(wrap__hub_dashboard_allow, handle, name)
+
+#' Serves no dashboard any more.
+#' @noRd
+hub_dashboard_close <- function(handle) .Call(wrap__hub_dashboard_close, handle)
+
+#' Returns whether a page is open, so that R has to report what only R knows.
+#' @noRd
+hub_watched <- function(handle) .Call(wrap__hub_watched, handle)
+
+#' Sets what R knows of batch jobs: the indices of their hosts, from 1, their ids and their states.
+#' @noRd
+hub_batch_jobs <- function(handle, hosts, ids, states) .Call(wrap__hub_batch_jobs, handle, hosts, ids, states)
+
+#' Returns the figures of the dashboard: a list of vectors and lists.
+#' @noRd
+hub_figures <- function(handle) .Call(wrap__hub_figures, handle)
+
 #' Sets how often tasks are retried, and whether the first worker failure is an error, for this job or, if
 #' `job` is 0, for all tasks without another policy.
 #' @noRd

@@ -26,6 +26,9 @@ newHandle <- function(pointer, agents, handle = new.env(parent = emptyenv())) {
   # Ranks that have not been stopped.
   handle$alive <- integer()
   handle$stopped <- FALSE
+  # The dashboard, if it is open, and when R last reported batch jobs to it (dashboard.R).
+  handle$dashboard <- NULL
+  handle$reported <- -Inf
   # Jobs of batch engines (batch-start.R): those of each submission (`batches`); keys, ports and launchers (`dial`);
   # when they were last tended; for each host, since when it waits for a job, the number of new jobs in a row, the tasks
   # that it had done then, and the id of the batch that is being submitted for it.

@@ -12,27 +12,32 @@ use rustcluster_core::protocol::dedup::{self, Fingerprint};
 use rustcluster_core::protocol::ids::{BlobId, JobId, Rank};
 
 /// Sends a message to these nodes. Returns for each whether it will answer: a set-up call for a node that has
-/// not joined yet is only logged.
+/// not joined yet is only logged. Also returns the bytes of the message.
 pub(super) fn broadcast(
     cluster: &Cluster,
     owners: &[Rank],
     job: JobId,
     message: &Robj,
     setup_call: Option<u64>,
-) -> std::result::Result<Vec<bool>, Unsent> {
+) -> std::result::Result<(Vec<bool>, u64), Unsent> {
+    let written = || cluster.hub.borrow().written();
+    let before = written();
     let mut blobs = MessageBlobs::default();
     if owners.len() > 1 {
         blobs = send_blobs(cluster, owners, job, message, setup_call.is_some())?;
     }
+    let mut bytes = written() - before;
     let mut sent = Vec::with_capacity(owners.len());
     for &owner in owners {
+        let before = written();
         sent.push(
             send(cluster, owner, job, message, setup_call, blobs)?
                 .0
                 .is_some(),
         );
+        bytes = bytes.max(written() - before);
     }
-    Ok(sent)
+    Ok((sent, bytes))
 }
 
 /// Sends a message that is not plain to the hosts of these workers, as one blob for each format.

@@ -437,10 +437,11 @@ impl Codec for Encoder<'_> {
             // Results arrive only as fast as they can be written.
             storing.writer.wait_for_room(SLICE);
         }
-        if let Some(last) = values.failed[failed..].last().filter(|_| values.reads()) {
+        let errors = values.failed[failed..].iter();
+        for &index in errors.filter(|_| values.reads()) {
             // SAFETY: this runs on R's thread; the list keeps the value alive, and has as many elements.
             unsafe {
-                let value = VECTOR_ELT(values.results.get(), *last as isize - 1);
+                let value = VECTOR_ELT(values.results.get(), index as isize - 1);
                 status::note_error(self.cluster, on, value);
             }
         }

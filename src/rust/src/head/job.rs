@@ -156,6 +156,7 @@ fn job_begin(
         };
         let slots: Vec<JobWorker> = ranks.iter().zip(agents).map(slot).collect();
         drop(rtts);
+        let store = store::view_of(&setting("store"), total, count, storing.as_ref());
         let at_once = flag("at_once")
             && flags & batch::SEEDED == 0
             && matches!(elements, Elements::Vector(_))
@@ -185,6 +186,12 @@ fn job_begin(
             .with_results(total, storing),
             pending: None,
         });
+        let noun = setting("noun");
+        let noun = noun.as_str().unwrap_or("task");
+        let gauge = new.engine.gauge();
+        let hub = cluster.hub.borrow();
+        hub.job_began(job as JobId, noun, count, gauge, store);
+        drop(hub);
         let mut done = false;
         if at_once {
             // A short job ends before R could record that a verb is running.

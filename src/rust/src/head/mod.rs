@@ -4,6 +4,7 @@ mod adaptive;
 mod background;
 mod broadcast;
 mod call;
+mod dashboard;
 mod detached;
 mod dump;
 mod elements;
@@ -31,6 +32,7 @@ extendr_module! {
     use readiness;
     use events;
     use call;
+    use dashboard;
     use retry;
     use job;
     use status;

@@ -130,12 +130,17 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, setup_call: Robj
             owners.push(owner);
         }
         let job = job as JobId;
-        let setup_call = setup_call.as_str().map(name_of);
+        let variable = setup_call.as_str();
+        let setup_call = variable.map(name_of);
         cluster.open_job.set(Some(job));
-        let sent = match broadcast::broadcast(cluster, &owners, job, &message, setup_call) {
+        let (sent, bytes) = match broadcast::broadcast(cluster, &owners, job, &message, setup_call)
+        {
             Ok(sent) => sent,
             Err(unsent) => return Ok(unsent.into()),
         };
+        if let Some(variable) = variable.filter(|name| !matches!(*name, "" | ".Random.seed")) {
+            cluster.hub.borrow().exported(variable, bytes);
+        }
         let began = Instant::now();
         let mut called = Called {
             values: List::new(owners.len()).into(),

@@ -5,6 +5,7 @@ use crate::r::failure::Failure;
 use extendr_api::prelude::*;
 use extendr_ffi::{LENGTH, R_CHAR, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT};
 use rustcluster_core::head::activity::{ActivityKind, Interval, Moment, WorkerStats};
+use rustcluster_core::head::hub::state_name;
 use rustcluster_core::head::scheduler::events::State;
 use rustcluster_core::protocol::ids::{Rank, TaskId};
 use std::ffi::{CStr, c_int, c_void};
@@ -47,20 +48,6 @@ pub fn note_failure(cluster: &Cluster, rank: Rank, answer: &Robj) {
         if let Some(value) = value.filter(|value| rustcluster_is_error(value.cast()) != 0) {
             note_error(cluster, rank, value);
         }
-    }
-}
-
-fn state_name(state: State) -> &'static str {
-    match state {
-        State::Starting => "starting",
-        State::Idle => "idle",
-        State::Busy(_) => "busy",
-        State::Ending(_) => "ending",
-        State::Draining(_) => "draining",
-        State::Restoring => "restoring",
-        State::Waiting => "waiting",
-        State::Lost => "lost",
-        State::Stopped => "stopped",
     }
 }
 

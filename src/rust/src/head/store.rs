@@ -11,6 +11,7 @@ use extendr_ffi::{
     INTEGER_ELT, LOGICAL_ELT, R_NilValue, REAL_ELT, Rf_duplicate, Rf_protect, Rf_unprotect,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
+use rustcluster_core::head::dashboard::board::StoreView;
 use rustcluster_core::platform::detached;
 use rustcluster_core::platform::signals::without_file_size_signal;
 use rustcluster_core::store::lock::{Lock, Owner};
@@ -608,6 +609,23 @@ pub(super) fn storing(
     let mut storing = Storing::new(writer, ids, keep);
     storing.saving = save_request(&setting("save"))?.map(Saving::new);
     Ok(Some(storing))
+}
+
+/// Returns what pages show of the store of a job. `tasks`: the number of results that are missing.
+pub(super) fn view_of(
+    pointer: &Robj,
+    elements: usize,
+    tasks: usize,
+    storing: Option<&Storing>,
+) -> Option<StoreView> {
+    let dir = store_of(pointer).ok()?.dir.display().to_string();
+    let gauge = storing?.writer.gauge();
+    Some(StoreView {
+        dir,
+        elements,
+        before: elements.saturating_sub(tasks),
+        gauge,
+    })
 }
 
 /// Returns how workers save their results. `save`: `NULL`, or a list of the strings `run`, `folder`, `host_dir`, `run_dir`,

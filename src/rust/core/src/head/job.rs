@@ -11,6 +11,7 @@
 //! codec: each method of [`Dispatch`] releases its borrow when it returns.
 
 use super::batching::{Assignment, Ended, Planner};
+use super::dashboard::board::JobGauge;
 use super::hub::{Answer, Turn};
 use super::retry::{Attempts, Policy};
 use super::scheduler::events::{RankSet, Termination};
@@ -143,6 +144,8 @@ pub struct Job {
     /// [`Dispatch::arrivals`] when `absent` was last compared with the hub.
     arrivals: u64,
     done: usize,
+    /// Shows `done` to other threads.
+    gauge: Arc<JobGauge>,
     began: Instant,
     timeout: Option<Duration>,
     policy: Policy,
@@ -197,6 +200,7 @@ impl Job {
             absent: setup.slots.iter().map(|slot| slot.absent).collect(),
             arrivals: u64::MAX,
             done: 0,
+            gauge: Arc::default(),
             began: now,
             timeout: setup.timeout,
             policy: setup.policy,
@@ -239,6 +243,17 @@ impl Job {
         let slots = 0..self.ranks.len();
         let busy = slots.filter(|&at| self.planner.out(at) > 0).count();
         (self.tasks, self.done, busy)
+    }
+
+    /// The number of ended tasks, for other threads.
+    pub fn gauge(&self) -> Arc<JobGauge> {
+        self.gauge.clone()
+    }
+
+    /// Counts tasks that have ended.
+    fn ended(&mut self, tasks: usize) {
+        self.done += tasks;
+        self.gauge.set(self.done);
     }
 
     /// Number of tasks that have not been assigned to a worker.
@@ -610,7 +625,7 @@ impl Job {
         self.planner.ended(sent.slot, ended, at);
         let rest = sent.tasks.get(taken.tasks..).unwrap_or_default();
         self.give_back(sent.slot, rest);
-        self.done += taken.tasks;
+        self.ended(taken.tasks);
         if !rest.is_empty() || self.planner.may_resume(at) {
             self.wake();
         }

@@ -3,6 +3,7 @@
 pub mod activity;
 pub mod batching;
 pub mod blobs;
+pub mod dashboard;
 pub mod dial_back;
 pub mod guard_process;
 pub mod hub;

@@ -31,6 +31,12 @@ fn set(fd: RawFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -
     check(unsafe { libc::setsockopt(fd, level, option, value.cast(), len) }).map(drop)
 }
 
+/// Ends listening, also in processes that were forked from this one and have the socket.
+pub fn stop_listening(fd: RawFd) {
+    // SAFETY: shutdown() accepts any descriptor number and any socket.
+    unsafe { libc::shutdown(fd, libc::SHUT_RDWR) };
+}
+
 /// What to wait for on a socket.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Interest {

@@ -20,7 +20,7 @@ mod writer;
 pub use index::{Index, State, elements_of_file};
 pub use list::ListPayload;
 pub use output::{Item, Output, Series};
-pub use writer::{Writer, WriterSettings};
+pub use writer::{Gauge, Writer, WriterSettings};
 
 /// The folder with the files of records.
 pub const RESULTS: &str = "results";

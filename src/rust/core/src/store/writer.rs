@@ -66,6 +66,19 @@ impl Shared {
     }
 }
 
+/// Shows the state of a writer to other threads, also after its end.
+#[derive(Clone, Debug)]
+pub struct Gauge(Arc<Shared>);
+
+impl Gauge {
+    /// The number of results that are not durable yet, and why they cannot be written.
+    pub fn read(&self) -> (usize, Option<String>) {
+        let queue = self.0.queue();
+        let trouble = queue.error.as_ref().or(queue.trouble.as_ref());
+        (queue.pending, trouble.cloned())
+    }
+}
+
 /// See the module's documentation. Its end waits until all results are durable.
 #[derive(Debug)]
 pub struct Writer {
@@ -103,6 +116,11 @@ impl Writer {
             thread: Some(thread),
             pid: std::process::id(),
         })
+    }
+
+    /// Shows the state of the writer to other threads.
+    pub fn gauge(&self) -> Gauge {
+        Gauge(self.shared.clone())
     }
 
     /// Adds short results: `add` appends their items and their elements.
@@ -189,6 +207,10 @@ impl Drop for Writer {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        // A gauge may live on, and needs none of what could not be written.
+        let mut queue = self.shared.queue();
+        queue.items = Vec::new();
+        queue.list = ListPayload::default();
     }
 }
 

@@ -140,6 +140,8 @@ pub struct Hub {
     pub(super) next_task: TaskId,
     /// A message is being written.
     pub(super) writing: Option<MessageWriting>,
+    /// Bytes that R has written so far.
+    pub(super) written: u64,
     /// A blob is being written.
     pub(super) blob_writing: Option<BlobWriting>,
     pub(super) next_blob: BlobId,
@@ -162,7 +164,9 @@ impl Hub {
         let shared_core = Arc::new(SharedCore::new(hosts.len(), result_limit, registry)?);
         for (agent, host) in hosts.iter().enumerate() {
             let dials = matches!(host.source, Source::DialBack { .. });
-            shared_core.core().conns[agent].dials = dials;
+            let mut core = shared_core.core();
+            core.conns[agent].dials = dials;
+            core.inbox.hosts[agent].name.clone_from(&host.host);
         }
         let theirs = shared_core.clone();
         let (launches, to_launch) = mpsc::unbounded_channel();
@@ -171,9 +175,11 @@ impl Hub {
         }
         shared_core.core().launches = Some(launches);
         let listeners = shared_core.core().dial_back.open();
+        let (orders, to_serve) = mpsc::unbounded_channel();
+        shared_core.core().orders = Some(orders);
         let body = move || {
             let result = catch_unwind(AssertUnwindSafe(|| {
-                run(to_launch, hello, &theirs, streams, listeners);
+                run(to_launch, hello, &theirs, streams, (listeners, to_serve));
             }));
             let mut core = theirs.core();
             core.inbox.close(match result {
@@ -204,6 +210,7 @@ impl Hub {
             members: (NO_JOB, Vec::new()),
             next_task: 1,
             writing: None,
+            written: 0,
             blob_writing: None,
             next_blob: 1,
             has_chunk_cache: false,
@@ -494,6 +501,8 @@ impl Hub {
         }
         let mut core = self.core();
         core.inbox.job = NO_JOB;
+        let now = core.began.elapsed();
+        core.board.end(job, now);
         if core.scheduler.verb_over() {
             core.pump();
         }

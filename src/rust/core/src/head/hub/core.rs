@@ -15,6 +15,8 @@ use super::recent::Recent;
 use super::restore_queue::RestoreQueue;
 use super::take_over::TakeOver;
 use crate::head::activity::Measure;
+use crate::head::dashboard::board::Board;
+use crate::head::dashboard::server::Order;
 use crate::head::dial_back::DialBack;
 use crate::head::launch::Launch;
 use crate::head::scheduler::Scheduler;
@@ -114,6 +116,10 @@ pub struct Core {
     pub dial_back: DialBack,
     /// The recent events, for bug reports.
     pub recent: Recent,
+    /// What is recorded for pages of the dashboard.
+    pub board: Board,
+    /// Sends orders to the server of the dashboard.
+    pub orders: Option<UnboundedSender<Order>>,
     /// How long a reconnected host may take to start.
     pub start_timeout: Duration,
     /// Maximum number of bytes of results to buffer.
@@ -186,6 +192,8 @@ impl SharedCore {
                 launches: None,
                 dial_back: DialBack::default(),
                 recent: Recent::default(),
+                board: Board::default(),
+                orders: None,
                 start_timeout: Duration::MAX,
                 queued: 0,
                 stopping: false,
@@ -668,6 +676,7 @@ impl Core {
             }
             for note in notes {
                 self.recent.note(&note, self.began);
+                self.board.note(&note, || self.began.elapsed());
                 match &note {
                     Note::LeftOut { agent, .. } => {
                         // An agent that does not end on request is killed.
@@ -845,6 +854,7 @@ impl Core {
         if std::mem::replace(&mut self.stopping, true) {
             return;
         }
+        self.board.ending.notify_waiters();
         debug!("head leaves the cluster");
         for agent in 0..self.conns.len() {
             self.conns[agent].permanent = true;
@@ -859,6 +869,7 @@ impl Core {
         if std::mem::replace(&mut self.stopping, true) {
             return;
         }
+        self.board.ending.notify_waiters();
         debug!("cluster stops");
         for agent in 0..self.conns.len() {
             // An agent that has not greeted receives no message: the end of the stream stops it.

@@ -34,7 +34,7 @@ impl Hub {
                 dials: matches!(host.source, Source::DialBack { .. }),
                 ..Conn::default()
             });
-            core.inbox.add_host();
+            core.inbox.add_host(&host.host);
             core.scheduler.add_agent();
             let launched = core
                 .launches

@@ -157,6 +157,8 @@ pub struct WorkerView {
 /// A host as R's thread sees it.
 #[derive(Clone, Debug, Default)]
 pub struct HostView {
+    /// The name of the host in messages.
+    pub name: String,
     /// The machine of an agent that has dialled back, as it names itself.
     pub node: Option<String>,
     /// The address from which the agent has dialled back.
@@ -264,8 +266,9 @@ impl Inbox {
     }
 
     /// Adds a host to the cluster.
-    pub fn add_host(&mut self) {
+    pub fn add_host(&mut self, name: &str) {
         self.hosts.push(HostView {
+            name: name.to_owned(),
             adding: true,
             ..HostView::default()
         });

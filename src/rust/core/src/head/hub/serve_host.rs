@@ -357,6 +357,13 @@ pub(super) fn fail(shared_core: &SharedCore, agent: usize, mut failure: HostFail
         failure = HostFailure::new(linger::TAKEN_OVER.into());
     }
     warn_of(agent, &failure, core.stopping);
+    // A host that is left out is reported by the scheduler, and one that drains ends as planned.
+    let planned = core.conns[agent].permanent || core.inbox.hosts[agent].draining.is_some();
+    if !core.stopping && !planned {
+        let now = core.began.elapsed();
+        core.board
+            .host_failed(agent, &failure.reason, &failure.stderr, now);
+    }
     core.update_clock();
     if core.conns[agent].dials {
         core.job_lost(agent, &failure.reason);

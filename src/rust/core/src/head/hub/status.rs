@@ -42,15 +42,10 @@ impl Hub {
         let mut core = self.core();
         core.update_clock();
         let workers = core.inbox.workers.iter().enumerate();
-        let status = |(rank, worker): (usize, &super::WorkerView)| {
-            let state = core.scheduler.state(rank as Rank);
-            // A reconnected host is restored before R can use it.
-            let restoring = worker.termination.is_some() && state == State::Idle;
-            Status {
-                state: if restoring { State::Restoring } else { state },
-                pid: worker.pid.filter(|_| worker.termination.is_none()),
-                stats: core.scheduler.stats(rank as Rank, history),
-            }
+        let status = |(rank, worker): (usize, &super::WorkerView)| Status {
+            state: core.state_of(rank as Rank),
+            pid: worker.pid.filter(|_| worker.termination.is_none()),
+            stats: core.scheduler.stats(rank as Rank, history),
         };
         (workers.map(status).collect(), core.began.elapsed())
     }
@@ -65,11 +60,6 @@ impl Hub {
         core.conns.iter().map(status).collect()
     }
 
-    /// Records an error of a task of this worker.
-    pub fn failed(&self, rank: Rank, why: &str) {
-        self.core().scheduler.failed(rank, why);
-    }
-
     /// Whether a worker still runs a task that was cancelled or exceeded its time limit, or is
     /// being restored: its messages wait for that.
     pub fn is_detained(&self, rank: Rank) -> bool {
@@ -80,21 +70,7 @@ impl Hub {
     /// Asks the hosts of these workers for the memory use of their workers; [`Hub::usage`] has the
     /// answer.
     pub fn ask_usage(&self, ranks: &[Rank]) -> u64 {
-        let mut core = self.core();
-        let question = core.inbox.hosts.iter().map(|host| host.asked).max();
-        let question = question.unwrap_or(0) + 1;
-        for &rank in ranks {
-            let agent = core.inbox.workers[rank as usize].agent;
-            let serves = core.conns[agent].stream.is_some() && !core.scheduler.is_terminated(rank);
-            if serves && core.inbox.hosts[agent].asked < question {
-                let ask = ToAgent::Usage { question };
-                if core.scheduler.send_control(agent, &ask).is_ok() {
-                    core.inbox.hosts[agent].asked = question;
-                }
-            }
-        }
-        core.pump();
-        question
+        self.core().ask_usage(ranks)
     }
 
     /// The memory use of each worker, as far as it is known, once all hosts that were asked have
@@ -108,16 +84,37 @@ impl Hub {
     ) -> Option<Vec<Option<Usage>>> {
         let usages = |core: &Core| {
             let workers = core.inbox.workers.iter();
-            let of = |usage: &(u64, Usage)| (usage.0 == question).then_some(usage.1);
+            // The dashboard may have asked again since: a later answer does as well.
+            let of = |usage: &(u64, Usage)| (usage.0 >= question).then_some(usage.1);
             workers.map(|w| w.usage.as_ref().and_then(of)).collect()
         };
         let answered = self.shared_core().wait(max_wait, |core| {
             let hosts = core.inbox.hosts.iter().zip(&core.conns);
-            let mut asked = hosts.filter(|(host, _)| host.asked == question);
+            let mut asked = hosts.filter(|(host, _)| host.asked >= question);
             let all =
                 asked.all(|(host, conn)| host.answered_question >= question || conn.end.is_some());
             all.then(|| usages(core))
         });
         answered.or_else(|| anyway.then(|| usages(&self.core())))
+    }
+}
+
+impl Core {
+    /// Asks the hosts of these workers for the memory use of their workers. Returns the number of the question.
+    pub(super) fn ask_usage(&mut self, ranks: &[Rank]) -> u64 {
+        let question = self.inbox.hosts.iter().map(|host| host.asked).max();
+        let question = question.unwrap_or(0) + 1;
+        for &rank in ranks {
+            let agent = self.inbox.workers[rank as usize].agent;
+            let serves = self.conns[agent].stream.is_some() && !self.scheduler.is_terminated(rank);
+            if serves && self.inbox.hosts[agent].asked < question {
+                let ask = ToAgent::Usage { question };
+                if self.scheduler.send_control(agent, &ask).is_ok() {
+                    self.inbox.hosts[agent].asked = question;
+                }
+            }
+        }
+        self.pump();
+        question
     }
 }

@@ -4,17 +4,23 @@ use super::adaptive;
 use super::core::{SharedCore, TICK};
 use super::inbox::HostFailure;
 use super::serve_host;
+use crate::head::dashboard::server::{self as dashboard, Order};
 use crate::head::dial_back;
 use crate::head::dial_back::Bound;
 use crate::head::launch::Launch;
 use crate::protocol::control::Hello;
 use mio::Events;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedReceiver;
+
+/// What R's thread sends: sockets on which agents dial back, and orders to the server of the dashboard.
+pub(super) type Receivers = (UnboundedReceiver<Vec<Bound>>, UnboundedReceiver<Order>);
 
 /// The hub's thread.
 pub(super) fn run(
@@ -22,7 +28,7 @@ pub(super) fn run(
     hello: Hello,
     shared_core: &Arc<SharedCore>,
     streams: mio::Poll,
-    listeners: UnboundedReceiver<Vec<Bound>>,
+    receivers: Receivers,
 ) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -32,7 +38,7 @@ pub(super) fn run(
         let local = tokio::task::LocalSet::new();
         local.block_on(
             &runtime,
-            serve(launches, hello, shared_core.clone(), streams, listeners),
+            serve(launches, hello, shared_core.clone(), streams, receivers),
         )
     });
     if let Err(error) = served {
@@ -50,7 +56,7 @@ async fn serve(
     hello: Hello,
     shared_core: Arc<SharedCore>,
     streams: mio::Poll,
-    listeners: UnboundedReceiver<Vec<Bound>>,
+    (listeners, orders): Receivers,
 ) -> io::Result<()> {
     // SAFETY: a mio::Poll owns its descriptor and keeps the same one for as long as it lives.
     let streams = unsafe { AsyncFd::register_with_interest(streams, Interest::READABLE)? };
@@ -58,6 +64,9 @@ async fn serve(
     let ticker = tokio::task::spawn_local(tick(shared_core.clone()));
     let giver = tokio::task::spawn_local(adaptive::give_back(shared_core.clone()));
     let listener = tokio::task::spawn_local(dial_back::serve(shared_core.clone(), listeners));
+    let over = Rc::new(Notify::new());
+    let pages = dashboard::serve(shared_core.clone(), orders, over.clone());
+    let pages = tokio::task::spawn_local(pages);
     let mut tasks = Vec::new();
     loop {
         tokio::select! {
@@ -75,6 +84,8 @@ async fn serve(
     for task in tasks {
         let _ = task.await;
     }
+    over.notify_one();
+    let _ = pages.await;
     watcher.abort();
     ticker.abort();
     giver.abort();

@@ -263,6 +263,7 @@ impl Hub {
             MAX_BODY
         };
         let mut sent = false;
+        self.written += bytes.len() as u64;
         while let Some(buffer) = self.buffer() {
             let room = full - buffer.len().min(full);
             if bytes.len() <= room {
@@ -279,6 +280,11 @@ impl Hub {
         let writing = self.writing.as_ref();
         let waits = writing.is_none_or(|writing| !writing.is_call() && !writing.again);
         sent && waits && self.core().queued > SEND_LIMIT
+    }
+
+    /// Number of bytes that R has written to messages and blobs so far.
+    pub fn written(&self) -> u64 {
+        self.written
     }
 
     pub(super) fn buffer(&mut self) -> Option<&mut Vec<u8>> {

@@ -66,7 +66,8 @@ impl Job {
     /// Records that the caller has made the results that [`Halt::Failed`] requested. Returns their tasks.
     pub fn made(&mut self) -> Option<Failed> {
         let failed = self.failed.pop_front()?;
-        self.done += failed.tasks().len();
+        self.ended(failed.tasks().len());
+        self.gauge.add_unanswered(failed.tasks().len());
         Some(failed)
     }
 
@@ -133,7 +134,7 @@ impl Job {
         };
         if let &[position] = &sent.tasks[..] {
             self.give_out(hub, codec, &sent, &[])?;
-            self.done += 1;
+            self.ended(1);
             return Ok(Some(self.task(position)));
         }
         for &position in &sent.tasks {

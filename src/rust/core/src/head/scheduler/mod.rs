@@ -20,7 +20,7 @@
 //! 6. Only two results may exceed that limit: the one that R waits for by rank, and one that
 //!    completes because no other result can.
 
-use crate::head::activity::{Measure, Moment, WorkerStats};
+use crate::head::activity::{Measure, Moment, Times, WorkerStats};
 use crate::protocol::body::Memory;
 use crate::protocol::control::{self, ToAgent, ToHead};
 use crate::protocol::dedup::Chunk;
@@ -189,6 +189,15 @@ impl Scheduler {
             stats.ended(current.times, 0, self.now);
         }
         stats
+    }
+
+    /// The statistics of a worker, without its current task, and the times of that task.
+    pub fn activity(&self, rank: Rank) -> Option<(&WorkerStats, Option<Times>)> {
+        let worker = self.workers.get(rank as usize)?;
+        Some((
+            &worker.stats,
+            current_of(worker).map(|current| current.times),
+        ))
     }
 
     /// The notes since the last call.

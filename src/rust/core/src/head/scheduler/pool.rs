@@ -106,6 +106,16 @@ impl Scheduler {
         self.end_calls_of_nobody();
     }
 
+    /// The number of calls that wait for a worker, and of those that workers have.
+    pub fn count_calls(&self) -> (usize, usize) {
+        let current = self
+            .workers
+            .iter()
+            .filter_map(|worker| worker.current.as_ref());
+        let with_workers = current.filter(|current| current.task.job == CALLS);
+        (self.calls.waiting.len(), with_workers.count())
+    }
+
     /// Appends a chunk of at most [`MAX_BODY`](crate::protocol::frame::MAX_BODY) bytes to the
     /// message of a call.
     pub fn append_call(&mut self, id: TaskId, chunk: Chunk, last: bool) {
