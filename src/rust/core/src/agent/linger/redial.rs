@@ -1,6 +1,6 @@
 //! How an agent that dialled back looks for another head: a child of the agent dials the addresses of the head before,
 //! again and again. Once a head has accepted it, the child is the relay of the connection, as the one of the first
-//! connection is: see [`dial`](crate::agent::dial).
+//! connection is: see [`dial`].
 
 use crate::agent::dial::{self, Card};
 use crate::platform::{fd, process, signals, socket};
