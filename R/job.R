@@ -46,6 +46,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
     noun = what,
     at_once = !singly && is.null(onResults) && !progress && is.null(store)
   )
+  waitsOnHosts <- !is.null(store$save) && !savesForHead(store)
   if (!is.null(store)) {
     settings <- c(settings, list(
       store = store$pointer, ids = store$info$ids, keep = store$keep, total = as.double(n), save = store$save
@@ -77,7 +78,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
       }
       showEvents(handle)
       if (!is.null(shown)) shown()
-      if (!is.null(store$save)) showTrouble(store)
+      if (waitsOnHosts) showTrouble(store)
       if (!is.null(onResults)) {
         results <- job_results(handle$pointer)
         if (length(results[[3L]]) && isFALSE(onResults(results[[3L]], results[[1L]], results[[2L]]))) break
@@ -87,7 +88,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
     if (!inherits(unread, "rustcluster_unread")) break
     batchUnread(unread, handle)
   }
-  if (!is.null(store$save)) {
+  if (waitsOnHosts) {
     showTrouble(store)
     showUnsaved(job_unsaved(handle$pointer), handle)
   }

@@ -222,7 +222,7 @@ storedResults <- function(store, job, saved, names, errors) {
   }
   values <- if (is.null(job)) saved else job$values
   values[store$kept] <- saved[store$kept]
-  if (!is.null(store$save)) {
+  if (!is.null(store$save) && length(list.files(file.path(store$dir, "results"), "^w"))) {
     # Workers that have saved a large result in the directory did not send it.
     absent <- setdiff(which(vapply(values, is.null, NA)), store$kept)
     ids <- if (is.null(store$info$ids)) absent else store$info$ids[absent]
