@@ -291,6 +291,8 @@ tendBatches <- function(handle, bound = handle$bound, now = FALSE) {
   known <- checked(hub_hosts(handle$pointer))
   nameNodes(handle, known)
   handle$waitsSince[known$awaited != 1] <- NA
+  # A job that follows another may have joined already.
+  takeSubmissions(handle)
   if (!any(known$awaited == 1)) return(invisible())
   lost <- loginProblems(handle)
   for (i in which(known$awaited == 1 & !is.na(lost))) giveUpHost(handle, i, lost[[i]])

@@ -223,8 +223,10 @@ storedResults <- function(store, job, saved, names, errors) {
   values <- if (is.null(job)) saved else job$values
   values[store$kept] <- saved[store$kept]
   if (!is.null(store$save) && length(list.files(file.path(store$dir, "results"), "^w"))) {
-    # Workers that have saved a large result in the directory did not send it.
-    absent <- setdiff(which(vapply(values, is.null, NA)), store$kept)
+    # Workers that have saved a large result in the directory did not send it. A worker may have saved it while this
+    # session gave up waiting for it.
+    absent <- union(which(vapply(values, is.null, NA)), setdiff(job$failed, storeFailed(store)))
+    absent <- setdiff(absent, store$kept)
     ids <- if (is.null(store$info$ids)) absent else store$info$ids[absent]
     if (length(absent)) values[absent] <- storeValues(store, as.integer(ids))
   }

@@ -535,6 +535,13 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
   # Agents that dial back look for a head at ports that a head has.
   mine <- isThisProcess(record$head) && !exists(linger$id, openLingers, inherits = FALSE)
   if (any(dials & used) && record$state == "running" && !mine) inUse(record)
+  # Its guard would end the jobs of a session that it cannot see.
+  if (any(dials & used) && record$state == "elsewhere") {
+    abort(
+      "in_use", "cluster ", linger$id, " was last used on ", sQuote(record$head$machine), ", where alone can be seen ",
+      "whether that session has ended; reattach it there", fields = list(id = linger$id)
+    )
+  }
   assign(linger$id, record$key, lingerKeys)
   launches <- lapply(seq_along(fields$agents), function(i) waitingLaunch(fields$agents[[i]], settings, linger, i))
   pointer <- checked(hub_start(

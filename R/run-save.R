@@ -259,7 +259,8 @@ removeSaved <- function(dir, folder, names = NULL) {
     unlink(folder, recursive = TRUE)
   } else {
     unlink(file.path(folder, names))
-    if (!length(list.files(folder))) unlink(folder, recursive = TRUE)
+    # Removes only empty folders: another worker may be writing.
+    suppressWarnings(file.remove(file.path(folder, "incomplete"), folder))
   }
   NULL
 }

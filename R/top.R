@@ -122,7 +122,7 @@ topJob <- function(figures, before, width) {
       counted(job$tasks, job$noun), sprintf(" (%.0f %%)", floor(100 * part)), ", ",
       if (rate > 0) paste0(format(rate, digits = 3L), "/s, "), left
     ),
-    if (!is.null(job$store)) paste0("stored in ", printable(job$store))
+    if (!is.null(job$store) && !is.na(job$store)) paste0("stored in ", printable(job$store))
   )
 }
 

@@ -81,7 +81,7 @@ impl Detached<'_> {
                 None => command.env_remove(name),
             };
         }
-        // SAFETY: fork, setsid, pthread_sigmask, signal, fcntl, rename, getpid, write and _exit are async-signal-safe.
+        // SAFETY: fork, setsid, pthread_sigmask, signal, fcntl, rename, close, getpid, write and _exit are async-signal-safe.
         // The descriptors are open in the fork, and the paths are C strings that live until then.
         unsafe {
             command.pre_exec(move || {
@@ -94,9 +94,15 @@ impl Detached<'_> {
                 signals::reset();
                 libc::signal(libc::SIGHUP, libc::SIG_IGN);
                 fd::check(libc::fcntl(lock_fd, libc::F_SETLK, &raw const request))?;
-                fd::check(libc::fcntl(lock_fd, libc::F_SETFD, 0))?;
-                for (from, to) in &renames {
-                    fd::check(libc::rename(from.as_ptr(), to.as_ptr()))?;
+                let renamed = fd::check(libc::fcntl(lock_fd, libc::F_SETFD, 0)).and_then(|_| {
+                    renames.iter().try_for_each(|(from, to)| {
+                        fd::check(libc::rename(from.as_ptr(), to.as_ptr())).map(drop)
+                    })
+                });
+                if let Err(error) = renamed {
+                    // The other process hears of the error before this one has ended.
+                    libc::close(lock_fd);
+                    return Err(error);
                 }
                 let pid = libc::getpid().to_ne_bytes();
                 libc::write(writer_fd, pid.as_ptr().cast(), pid.len());

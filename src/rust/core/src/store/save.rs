@@ -8,11 +8,14 @@
 use super::output::{Item, Output, Series};
 use super::record::RunId;
 use super::{EXTENSION, RESULTS};
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
+
+/// The directory, within the folder of a run on a host, of files that are being written.
+const INCOMPLETE: &str = "incomplete";
 
 /// Where a worker saves its results. Part of each message.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -159,7 +162,8 @@ impl Saver {
             run: request.run,
             r_version: request.r_version,
             name: Some(format!("w{pid}-{nanos:x}-")),
-            durable: request.durable,
+            // What is in the run is reported as durable.
+            durable: request.durable || sees_run,
         };
         Saver {
             request: request.clone(),
@@ -251,22 +255,32 @@ fn append(series: &Series, output: &mut Option<Output>, items: &[Item]) -> io::R
     written
 }
 
+/// Writes results to a file of their own, which has its name only once it is complete: others fetch and remove files.
 fn write_alone(series: &Series, count: u64, items: &[Item]) -> io::Result<String> {
+    let folder = series.folder.join(INCOMPLETE);
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
-        .create(&series.folder)?;
+        .create(&folder)?;
     let name = series.name.as_deref().unwrap_or_default();
-    let series = Series {
+    let mut output = Output::start(Series {
+        folder,
         name: Some(format!("{name}{count}-")),
         ..series.clone()
-    };
-    let mut output = Output::start(series)?;
-    if let Err(error) = output.write(items) {
+    })?;
+    let moved = output.write(items).and_then(|()| {
+        let path = output
+            .path()
+            .and_then(|path| Some((path, path.file_name()?)));
+        let (path, name) = path.ok_or_else(|| io::Error::other("no file was made"))?;
+        fs::rename(path, series.folder.join(name))?;
+        if series.durable {
+            File::open(&series.folder)?.sync_all()?;
+        }
+        Ok(name.to_string_lossy().into_owned())
+    });
+    if moved.is_err() {
         output.drop_file();
-        return Err(error);
     }
-    let name = output.path().and_then(Path::file_name);
-    let name = name.map(|name| name.to_string_lossy().into_owned());
-    name.ok_or_else(|| io::Error::other("no file was made"))
+    moved
 }

@@ -1008,15 +1008,32 @@ fn every_task_ends_exactly_once_whatever_happens() {
         None if is_long() => 0..10_000,
         None => 0..320,
     };
+    let run = |seeds: &mut dyn Iterator<Item = u64>| {
+        let mut seen = Seen::default();
+        for seed in seeds {
+            let _named = Named(seed);
+            let mut rng = StdRng::seed_from_u64(seed);
+            let setup = Setup::random(&mut rng);
+            let mut sim = Sim::new(setup, rng);
+            sim.run();
+            seen.add(&sim.facts.seen);
+        }
+        seen
+    };
+    // What a seed does depends neither on other seeds nor on time.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut seen = Seen::default();
-    for seed in seeds {
-        let _named = Named(seed);
-        let mut rng = StdRng::seed_from_u64(seed);
-        let setup = Setup::random(&mut rng);
-        let mut sim = Sim::new(setup, rng);
-        sim.run();
-        seen.add(&sim.facts.seen);
-    }
+    std::thread::scope(|scope| {
+        let part = |thread| seeds.clone().skip(thread).step_by(threads);
+        let start = |thread| scope.spawn(move || run(&mut part(thread)));
+        let running: Vec<_> = (0..threads).map(start).collect();
+        for thread in running {
+            match thread.join() {
+                Ok(part) => seen.add(&part),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+    });
     eprintln!("{seen:?}");
     // Each kind of event must happen, or the simulation would not test it.
     let few = seen.counts().iter().any(|&count| count < 2);
