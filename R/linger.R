@@ -538,8 +538,8 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
   # Its guard would end the jobs of a session that it cannot see.
   if (any(dials & used) && record$state == "elsewhere") {
     abort(
-      "in_use", "cluster ", linger$id, " was last used on ", sQuote(record$head$machine), "; only that machine can tell ",
-      "whether its session has ended: reattach the cluster there", fields = list(id = linger$id)
+      "in_use", "cluster ", linger$id, " was last used on ", sQuote(record$head$machine), "; only that machine can ",
+      "tell whether its session has ended: reattach the cluster there", fields = list(id = linger$id)
     )
   }
   assign(linger$id, record$key, lingerKeys)
