@@ -33,18 +33,17 @@ beginSaving <- function(store, cl, dir, values, durable) {
 # directory of the run.
 askToSave <- function(store, probe, dir = "", values = FALSE, durable = TRUE, least = 0) {
   nonce <- randomText(16L)
-  name <- probe
-  probe <- file.path(store$dir, name)
+  path <- file.path(store$dir, probe)
   written <- tryCatch({
     # No line end: workers compare the whole file.
-    cat(nonce, file = probe)
+    cat(nonce, file = path)
     TRUE
   }, error = function(e) FALSE, warning = function(w) FALSE)
-  if (!written) abort("run_write_failed", "cannot write ", probe, fields = list(dir = store$dir))
+  if (!written) abort("run_write_failed", "cannot write ", path, fields = list(dir = store$dir))
   store$trouble <- ""
   store$save <- list(
     run = store$info$id, folder = currentFolder(store$info), host_dir = dir, run_dir = normalizePath(store$dir),
-    probe = name, nonce = nonce, r_version = rVersionNumber(), durable = durable, values = values, least = least
+    probe = probe, nonce = nonce, r_version = rVersionNumber(), durable = durable, values = values, least = least
   )
 }
 
@@ -142,27 +141,24 @@ fetchFile <- function(store, node, dir, folder, file, to) {
   failed <- function(...) {
     abort("run_write_failed", "cannot write ", part, ": ", ..., fields = list(dir = store$dir))
   }
-  tryCatch(writePieces(part, function(from) {
-    size <- min(savedPiece, file$size - from)
-    if (size > 0) onNodes(node, readSaved, dir, folder, file$name, from, size)[[1L]]
-  }), rustcluster_unwritten = function(e) failed(conditionMessage(e)))
+  complain <- function(e) failed(conditionMessage(e))
+  write <- function(expr) tryCatch(expr, error = complain, warning = complain)
+  download <- function() {
+    out <- write(file(part, "wb"))
+    on.exit(close(out))
+    from <- 0
+    while (from < file$size) {
+      bytes <- onNodes(node, readSaved, dir, folder, file$name, from, min(savedPiece, file$size - from))[[1L]]
+      if (!length(bytes)) break
+      write(writeBin(bytes, out))
+      from <- from + length(bytes)
+    }
+  }
+  download()
   if (!identical(file_elements(part, store$info$id), file$elements)) {
     failed("it differs from the file of the host; is the disk full?")
   }
   checkedStore(replace_durably(part, to), store$dir)
-}
-
-# Writes what `piece` returns for the offset of each piece, until it returns nothing.
-writePieces <- function(path, piece) {
-  unwritten <- function(e) stop(errorCondition(conditionMessage(e), class = "rustcluster_unwritten"))
-  write <- function(expr) tryCatch(expr, error = unwritten, warning = unwritten)
-  out <- write(file(path, "wb"))
-  on.exit(close(out))
-  from <- 0
-  while (length(bytes <- piece(from))) {
-    write(writeBin(bytes, out))
-    from <- from + length(bytes)
-  }
 }
 
 # Says once why results cannot be written, and again when they can.

@@ -5,12 +5,8 @@ skip_on_cran()
 skip_unless_proc()
 watch_processes()
 
-# The records of the clusters of these tests, in a directory that no other session uses.
-records <- tempfile("records-")
-dir.create(records)
-old_records <- Sys.getenv("R_USER_CACHE_DIR", NA)
-Sys.setenv(R_USER_CACHE_DIR = records)
-record_env <- paste0("R_USER_CACHE_DIR=", shQuote(records))
+records <- own_records()
+record_env <- records$env
 
 # Starts a session with a cluster of two jobs of two workers each, which lingers and has some state. `more`: code that
 # runs then. Returns the child, once it has said "ready".
@@ -38,13 +34,6 @@ kill_child <- function(child) {
   child_wait_end(child)
 }
 
-# The random numbers that each of `n` PSOCK workers draws, `times` times in a row.
-psock_draws <- function(n, seed, times) {
-  cl <- parallel::makePSOCKcluster(n)
-  on.exit(parallel::stopCluster(cl), add = TRUE, after = FALSE)
-  parallel::clusterSetRNGStream(cl, seed)
-  lapply(seq_len(times), function(i) unlist(parallel::clusterCall(cl, stats::rnorm, 1)))
-}
 draws <- psock_draws(4, 42, 2)
 
 guards_of <- function(stub) {
@@ -167,7 +156,7 @@ test_that("the results of calls are kept, and a saved cluster reattaches at its 
   # Whoever reads the workspace does not learn the keys.
   restored <- new.env()
   load(workspace, restored)
-  record <- readRDS(list.files(records, "[.]rds$", recursive = TRUE, full.names = TRUE))
+  record <- readRDS(list.files(records$dir, "[.]rds$", recursive = TRUE, full.names = TRUE))
   expect_match(record$launcherKeys, "^[0-9a-f]{64}$")
   text <- paste(deparse(mget(ls(restored$cl[[1L]]$handle), envir = restored$cl[[1L]]$handle)), collapse = "")
   for (key in c(record$key, record$launcherKeys)) {
@@ -372,7 +361,5 @@ test_that("hosts that no other session could find cannot linger", {
 
 test_that("nothing is left", {
   expect_no_leftovers()
-  expect_length(list.files(records, "[.](rds|seen)$", recursive = TRUE), 0L)
-  if (is.na(old_records)) Sys.unsetenv("R_USER_CACHE_DIR") else Sys.setenv(R_USER_CACHE_DIR = old_records)
-  unlink(records, recursive = TRUE)
+  expect_no_records(records)
 })

@@ -5,25 +5,13 @@ skip_on_cran()
 skip_unless_proc()
 watch_processes()
 
-# The records of the clusters of these tests, in a directory that no other session uses.
-records <- tempfile("records-")
-dir.create(records)
-old_records <- Sys.getenv("R_USER_CACHE_DIR", NA)
-Sys.setenv(R_USER_CACHE_DIR = records)
-record_env <- paste0("R_USER_CACHE_DIR=", shQuote(records))
+records <- own_records()
+record_env <- records$env
 
 # Returns the pids that the child has said as "workers" and "agents".
 lingering_pids <- function(child) note_pids(c(child_pids(child, "workers"), child_pids(child, "agents")))
 
 socket_directories <- function(id) Sys.glob(file.path("/tmp", paste0("rustcluster-", id, "-*")))
-
-# The random numbers that each of `n` PSOCK workers draws, `times` times in a row.
-psock_draws <- function(n, seed, times) {
-  cl <- parallel::makePSOCKcluster(n)
-  on.exit(parallel::stopCluster(cl), add = TRUE, after = FALSE)
-  parallel::clusterSetRNGStream(cl, seed)
-  lapply(seq_len(times), function(i) unlist(parallel::clusterCall(cl, stats::rnorm, 1)))
-}
 
 test_that("a session that is killed leaves its cluster to the next one", {
   first <- start_child({
@@ -424,7 +412,7 @@ test_that("a session whose link was frozen finds out that it has lost its cluste
 
 test_that("files that are no records of clusters are left out", {
   cl <- note_processes(makeRustCluster(1, linger = 60))
-  path <- list.files(records, "[.]rds$", recursive = TRUE, full.names = TRUE)
+  path <- list.files(records$dir, "[.]rds$", recursive = TRUE, full.names = TRUE)
   foreign <- file.path(dirname(path), paste0(c("0123456789abcdef", "0123456789abcde0"), ".rds"))
   saveRDS(list(format = 1L), foreign[[1L]])
   writeBin(as.raw(1:9), foreign[[2L]])
@@ -437,7 +425,7 @@ test_that("files that are no records of clusters are left out", {
 
 test_that("the record of a cluster of another machine is left alone", {
   cl <- note_processes(makeRustCluster(1, linger = 1))
-  path <- list.files(records, "[.]rds$", recursive = TRUE, full.names = TRUE)
+  path <- list.files(records$dir, "[.]rds$", recursive = TRUE, full.names = TRUE)
   record <- readRDS(path)
   change <- function(...) saveRDS(utils::modifyList(record, list(head = list(...))), path)
   # Only the name of this machine has changed.
@@ -523,9 +511,9 @@ test_that("a copy of a cluster says who uses the cluster, and that it is over", 
 test_that("a peer without the key is not heard, and a head that has lost its cluster knows", {
   cl <- makeRustCluster(1, linger = 60)
   note_processes(cl)
-  record <- readRDS(list.files(records, "[.]rds$", recursive = TRUE, full.names = TRUE))
+  record <- readRDS(list.files(records$dir, "[.]rds$", recursive = TRUE, full.names = TRUE))
   expect_identical(as.integer(file.info(list.files(
-    records, "[.]rds$", recursive = TRUE, full.names = TRUE
+    records$dir, "[.]rds$", recursive = TRUE, full.names = TRUE
   ))$mode), strtoi("600", 8L))
   handle <- cl[[1L]]$handle
   expect_false(grepl(record$key, paste(deparse(as.list(handle)), collapse = ""), fixed = TRUE))
@@ -594,7 +582,5 @@ test_that("a run on a cluster that waits computes nothing again", {
 
 test_that("no process is left", {
   expect_no_leftovers()
-  expect_length(list.files(records, "[.](rds|seen)$", recursive = TRUE), 0L)
-  if (is.na(old_records)) Sys.unsetenv("R_USER_CACHE_DIR") else Sys.setenv(R_USER_CACHE_DIR = old_records)
-  unlink(records, recursive = TRUE)
+  expect_no_records(records)
 })
