@@ -226,15 +226,15 @@ fn append(intervals: &mut Vec<Interval>, mut new: Interval, resolution: Duration
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const fn ms(ms: u64) -> Duration {
+    pub(in crate::head) const fn ms(ms: u64) -> Duration {
         Duration::from_millis(ms)
     }
 
-    fn times(assigned: u64, sent: u64, answered: u64) -> Times {
+    pub(in crate::head) fn times(assigned: u64, sent: u64, answered: u64) -> Times {
         Times {
             assigned: ms(assigned),
             sent: Some(ms(sent)),

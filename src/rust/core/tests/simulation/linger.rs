@@ -241,14 +241,7 @@ impl Sim {
             5 if self.setup.faults > 0 && self.rng.random_ratio(1, 100) => {
                 self.hosts[at].lost = true;
             }
-            _ => {
-                let count = self.hosts[at].ranks.len();
-                for _ in 0..count.min(8) {
-                    let worker = self.rng.random_range(0..count) as u32;
-                    let n = slice(&mut self.rng);
-                    self.step_worker(at, worker, n, false);
-                }
-            }
+            _ => self.step_workers(at),
         }
     }
 

@@ -709,14 +709,17 @@ impl Sim {
             2 => self.agent_write(at, n),
             3 => self.head_read(at, n),
             4 => self.start_worker(at),
-            _ => {
-                let count = self.hosts[at].ranks.len();
-                for _ in 0..count.min(8) {
-                    let worker = self.rng.random_range(0..count) as u32;
-                    let n = slice(&mut self.rng);
-                    self.step_worker(at, worker, n, false);
-                }
-            }
+            _ => self.step_workers(at),
+        }
+    }
+
+    /// A step of some workers of a host.
+    fn step_workers(&mut self, at: usize) {
+        let count = self.hosts[at].ranks.len();
+        for _ in 0..count.min(8) {
+            let worker = self.rng.random_range(0..count) as u32;
+            let n = slice(&mut self.rng);
+            self.step_worker(at, worker, n, false);
         }
     }
 

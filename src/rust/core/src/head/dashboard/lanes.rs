@@ -173,20 +173,8 @@ fn under_way(times: Times, now: Moment) -> impl Iterator<Item = Interval> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::head::activity::tests::{ms, times};
     use proptest::prelude::*;
-
-    const fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
-    }
-
-    fn times(assigned: u64, sent: u64, answered: u64) -> Times {
-        Times {
-            assigned: ms(assigned),
-            sent: Some(ms(sent)),
-            answered: Some(ms(answered)),
-            measured: None,
-        }
-    }
 
     fn lane(stats: &WorkerStats, current: Option<Times>, first: u64, now: u64) -> String {
         let bins = Bins::new(first, ms(1000), ms(now), MAX_BINS);
