@@ -205,6 +205,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     host_joined = paste0(
       "host ", sQuote(host), " has joined the cluster (", sum(handle$owner == owner), " workers)\n"
     ),
+    not_recorded = paste0(
+      "a host that has missed exports or set-up calls could not be recorded (", field("reason"), "); a session that ",
+      "reattaches the cluster may use old variables there"
+    ),
     state_not_kept = if (is.null(owner)) paste0(
       "exports and set-up calls exceed `setup_log_limit` (", format(handle$headLogLimit / 1e6, digits = 3L),
       " MB), or the disk of tempdir() is full; hosts can no longer join the cluster or be reconnected"

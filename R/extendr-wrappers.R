@@ -142,6 +142,10 @@ hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tol
 #' @noRd
 hub_follow <- function(handle, generation) .Call(wrap__hub_follow, handle, generation)
 
+#' Writes the numbers of hosts that miss a set-up call, because they are lost, to the file `path`.
+#' @noRd
+hub_record_missed <- function(handle, path) .Call(wrap__hub_record_missed, handle, path)
+
 #' Fills the set-up log from the logs of the agents, which have had another head. Returns whether that is done; waits up
 #' to one slice for it. `begin`: whether to begin it. `end`: whether to give it up.
 #' @noRd

@@ -149,6 +149,29 @@ lingerBatches <- function(handle) {
   }
 }
 
+# Hosts that miss a set-up call --------------------------------------------------------------------
+
+# A session goes on without a host that it has lost, whose agent waits for the next session. From the first set-up call
+# on that the other hosts get, the workers of that agent have old variables. The session records such hosts.
+
+# The file of the session of this generation that has the numbers of these hosts.
+missedPath <- function(linger) {
+  sub("[.]rds$", paste0("-", linger$generation, ".missed"), recordPath(linger$id))
+}
+
+# Lets the hub record the hosts that miss set-up calls from now on.
+recordMissed <- function(handle) {
+  if (!is.null(handle$linger)) checked(hub_record_missed(handle$pointer, missedPath(handle$linger)), handle)
+}
+
+# Returns for each host whether the session before has recorded that it missed a set-up call.
+hostsThatMissed <- function(record) {
+  path <- missedPath(record$linger)
+  # A file that cannot be read is an error: nobody knows which hosts can be used.
+  numbers <- if (file.exists(path)) as.integer(readLines(path)) else integer()
+  seq_along(record$handle$agents) %in% numbers
+}
+
 removeRecord <- function(handle) {
   if (is.null(handle$linger)) return(invisible())
   if (!isTakenOver(handle)) deleteRecord(recordPath(handle$linger$id))
@@ -296,7 +319,10 @@ lostAt <- function(record, path, directories) {
 # The file that says when a session has first seen that the head of a cluster has ended.
 seenPath <- function(path) sub("[.]rds$", ".seen", path)
 
-deleteRecord <- function(path) unlink(c(path, seenPath(path)))
+deleteRecord <- function(path) {
+  missed <- Sys.glob(sub("[.]rds$", "-*.missed", path))
+  unlink(c(path, seenPath(path), missed))
+}
 
 # Returns for how long the agents wait for a head at most, in seconds.
 timeLeft <- function(record) {
@@ -491,8 +517,9 @@ noCluster <- function(id, ...) {
 # Reattaching --------------------------------------------------------------------------------------
 
 # Returns how to reach an agent that waits, as hub_start() needs it, and how to start another.
-waitingLaunch <- function(host, settings, linger, i) {
-  launch <- hostLaunch(host, settings$options)
+# `missed`: whether its workers have missed a set-up call: that agent is ended.
+waitingLaunch <- function(host, settings, linger, i, missed) {
+  launch <- c(hostLaunch(host, settings$options), list(missed = missed))
   if (!is.null(host$dial)) return(c(launch, list(lingers = socketName(linger, i))))
   relay <- relayLaunch(host, settings$options, socketName(linger, i))
   launch$waiting <- c(list(name = socketName(linger, i), key = lingerKeys[[linger$id]]), relay)
@@ -543,10 +570,14 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
     )
   }
   assign(linger$id, record$key, lingerKeys)
-  launches <- lapply(seq_along(fields$agents), function(i) waitingLaunch(fields$agents[[i]], settings, linger, i))
+  missed <- hostsThatMissed(record)
+  launches <- lapply(seq_along(fields$agents), function(i) {
+    waitingLaunch(fields$agents[[i]], settings, linger, i, missed[[i]])
+  })
   pointer <- checked(hub_start(
     launches, packageVersionText(), rVersionText(), R.version$platform, fields$bufferLimit
   ))
+  for (i in which(!used)) checked(hub_leave_out(pointer, i, "it is not used"))
   attached <- FALSE
   jobs <- list(batches = list(), logins = list())
   on.exit(if (!attached) {
@@ -598,6 +629,7 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
     handle$streams$last <- record$streams
   }
   assign(linger$id, TRUE, openLingers)
+  recordMissed(handle)
   # Before the agents belong to this session: if it ends here, the next one does not use its numbers again.
   saveRecord(handle)
   checked(hub_go(pointer, waitingPlans(handle), handle$timeout))
@@ -623,7 +655,7 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
   }
   if (progress) for (i in which(used & there)) showDone(paste0(fields$report$host[[i]], ": connected"))
   # The engine says whether jobs that have not connected will.
-  for (i in which(used & !there & !dials)) {
+  for (i in which(used & !there & (missed | !dials))) {
     failure <- list(
       kind = "host_failed", agent = i,
       reason = if (is.na(hosts$reason[[i]])) "no response from its agent" else hosts$reason[[i]]
@@ -652,7 +684,9 @@ awaitAgents <- function(pointer, record, dials) {
   began <- proc.time()[["elapsed"]]
   # Hosts whose nodes have names have had an agent. Others may have, or have waited in the queue.
   named <- vapply(record$handle$agents, function(host) isTRUE(host$named), NA)
-  patience <- ifelse(dials, ifelse(named, redialPatience[[1L]], redialPatience[[2L]]), Inf)
+  # An agent whose link is dead notices that by the silence of the head.
+  known <- max(redialPatience[[1L]], record$handle$settings$heartbeat_timeout + 5)
+  patience <- ifelse(dials, ifelse(named, known, redialPatience[[2L]]), Inf)
   while (!checked(hub_greeted(pointer))) {
     waited <- proc.time()[["elapsed"]] - began
     if (waited > record$handle$settings$setup) break
@@ -663,8 +697,8 @@ awaitAgents <- function(pointer, record, dials) {
   }
 }
 
-# Seconds for which the agents of jobs are waited for: those that have been connected, and others. An agent dials every
-# second or so.
+# Seconds for which the agents of jobs are waited for, at least: those that have been connected, and others. An agent
+# dials every second or so.
 redialPatience <- c(15, 4)
 
 # Listens on the ports on which the agents of launchers look for a session, for these agents alone. Returns the ports.

@@ -11,7 +11,7 @@ own_records <- function() {
 }
 
 expect_no_records <- function(records) {
-  expect_length(list.files(records$dir, "[.](rds|seen)$", recursive = TRUE), 0L)
+  expect_length(list.files(records$dir, "[.](rds|seen|missed)$", recursive = TRUE), 0L)
   if (is.na(records$before)) Sys.unsetenv("R_USER_CACHE_DIR") else Sys.setenv(R_USER_CACHE_DIR = records$before)
   unlink(records$dir, recursive = TRUE)
 }

@@ -191,7 +191,7 @@ test_that("an agent whose connection is lost waits for another session, while th
     })
     while (length(clusterAlive(cl)) > 2L) Sys.sleep(0.05)
     # Nothing waits for the lost host.
-    values <- suppressWarnings(clusterCall(clusterAlive(cl), function() 1))
+    values <- suppressWarnings(parLapply(clusterAlive(cl), 1:2, function(i) i))
     say("warned", gsub("\n", " ", paste(warned, collapse = "; ")))
     say("checked", length(values))
     Sys.sleep(300)
@@ -209,6 +209,49 @@ test_that("an agent whose connection is lost waits for another session, while th
   expect_identical(clusterPids(cl), child_pids(first, "workers"))
   expect_identical(unlist(clusterCall(cl, function() shared)), rep(17, 4))
   parallel::stopCluster(cl)
+  expect_jobs_gone(stub)
+})
+
+test_that("an agent that was lost ends with its job once the others have newer variables", {
+  stub <- local_stub_engine("slurm")
+  first <- lingering_child(batch_launcher("slurm", stub), more = quote({
+    say("up")
+    while (length(suppressWarnings(clusterAlive(cl))) > 2L) Sys.sleep(0.05)
+    shared <- 18
+    suppressWarnings(clusterExport(clusterAlive(cl), "shared"))
+    say("exported")
+    Sys.sleep(300)
+  }))
+  child_wait_for(first, "up")
+  tools::pskill(relays(stub)[[1L]], tools::SIGKILL)
+  child_wait_for(first, "exported", 60)
+  # The agent dials its session again and again.
+  expect_true(wait_until(function() length(stub$jobs()) == 1L, 30))
+  kill_child(first)
+  suppressWarnings(cl <- reattachCluster(child_said(first, "id")))
+  on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
+  expect_identical(sum(clusterPids(cl) %in% child_pids(first, "workers")), 2L)
+  expect_identical(unlist(clusterCall(clusterAlive(cl), function() shared)), c(18, 18))
+  parallel::stopCluster(cl)
+  expect_jobs_gone(stub)
+})
+
+test_that("a host that was removed is not waited for", {
+  stub <- local_stub_engine("slurm")
+  first <- lingering_child(batch_launcher("slurm", stub), more = quote(removeWorkers(cl, 3:4)))
+  expect_child_ends_well(first)
+  left <- length(readRDS(list.files(records$dir, "[.]rds$", recursive = TRUE, full.names = TRUE))$handle$alive)
+  expect_identical(left, 2L)
+  began <- proc.time()[["elapsed"]]
+  expect_silent(cl <- reattachCluster(child_said(first, "id")))
+  on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
+  expect_lt(proc.time()[["elapsed"]] - began, 20)
+  expect_length(cl, 2L)
+  # The set-up calls are known.
+  grown <- addWorkers(cl, list(host = "localhost", ncore = 1))
+  note_processes(grown)
+  expect_identical(unlist(clusterCall(grown, function() shared)), rep(17, 3))
+  parallel::stopCluster(grown)
   expect_jobs_gone(stub)
 })
 

@@ -364,6 +364,71 @@ test_that("a host that is gone when the cluster is reattached is reconnected wit
   expect_gone(c(pids, leftovers$pids))
 })
 
+test_that("a host that was lost and has missed exports is not used with its old variables", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  dir <- tempfile("ssh-")
+  dir.create(dir)
+  on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
+  # While the file is there, no connection can be made.
+  blocked <- file.path(dir, "blocked")
+  script <- file.path(dir, "ssh")
+  command <- paste(shQuote(ssh$rshcmd), collapse = " ")
+  writeLines(c("#!/bin/sh", paste("test -e", shQuote(blocked), "&& exit 255"), paste("exec", command, "\"$@\"")), script)
+  Sys.chmod(script, "0755")
+  for (case in c("nothing missed", "left out", "reconnected")) {
+    first <- start_child({
+      cl <- makeRustCluster(
+        c("127.0.0.2" = 1, "127.0.0.3" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60,
+        reconnect = case == "reconnected"
+      )
+      value <- 1
+      clusterExport(cl, "value")
+      say("workers", paste(clusterPids(cl), collapse = " "))
+      say("agents", paste(agentPids(cl), collapse = " "))
+      say("id", clusterId(cl))
+      while (length(suppressWarnings(clusterAlive(cl))) > 1L) Sys.sleep(0.05)
+      value <- 2
+      if (case != "nothing missed") clusterExport(cl[1], "value")
+      say("ready")
+      Sys.sleep(100)
+    }, env = record_env, values = list(rshcmd = script, case = case))
+    child_wait_for(first, "id")
+    file.create(blocked)
+    clients <- descendants(first$pid)
+    of_host <- grepl("/?ssh .*127[.]0[.]0[.]3", vapply(clients, process_command, ""))
+    expect_true(any(of_host))
+    for (p in clients[of_host]) tools::pskill(p, tools::SIGKILL)
+    child_wait_for(first, "ready")
+    pids <- lingering_pids(first)
+    expect_alive(pids)
+    child_signal(first, tools::SIGKILL)
+    child_wait_end(first)
+    file.remove(blocked)
+    before <- child_pids(first, "workers")
+    if (case == "nothing missed") {
+      cl <- reattachCluster(child_said(first, "id"))
+      expect_identical(clusterPids(cl), before)
+      expect_identical(clusterCall(cl, function() value), list(1, 1))
+    } else {
+      expect_warning(cl <- reattachCluster(child_said(first, "id")), "missed", class = "rustcluster_host_failed")
+      # Its agent was ended.
+      expect_gone(before[[2L]])
+      if (case == "reconnected") {
+        expect_true(wait_until(function() !anyNA(clusterPids(cl)), 30))
+        note_processes(cl)
+        got <- suppressMessages(suppressWarnings(clusterCall(cl, function() value)))
+        expect_identical(got, list(2, 2))
+      } else {
+        expect_identical(clusterPids(cl), c(before[[1L]], NA))
+        expect_identical(clusterCall(cl[1], function() value), list(2))
+      }
+    }
+    suppressWarnings(parallel::stopCluster(cl))
+    expect_gone(c(pids, leftovers$pids))
+  }
+})
+
 test_that("a session whose link was frozen finds out that it has lost its cluster", {
   skip_without_sshd()
   ssh <- local_sshd()

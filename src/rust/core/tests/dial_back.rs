@@ -15,7 +15,7 @@ use rand::{RngCore, SeedableRng};
 use rustcluster_core::agent::{Role, dial, startup};
 use rustcluster_core::gateway;
 use rustcluster_core::head::hub::{Answer, Hub, Plan, Turn};
-use rustcluster_core::head::launch::{Launch, Source};
+use rustcluster_core::head::launch::{Launch, Lingering, Source};
 use rustcluster_core::protocol::control::{Hello, Linger, Outfile, Secret, Start, StartMode};
 use rustcluster_core::protocol::ids::Rank;
 use rustcluster_core::protocol::noise::{Dialer, Introduction, Key, OPENING, Verdict};
@@ -297,7 +297,10 @@ fn hub_again(name: &str, port: u16, byte: u8) -> Hub {
         host: "slot".to_owned(),
         source: Source::DialBack {
             launcher: 1,
-            lingers: Some(name.to_owned()),
+            lingers: Some(Lingering {
+                name: name.to_owned(),
+                missed: false,
+            }),
         },
     };
     let mut hub = Hub::start(vec![launch], hello(), 1 << 20).unwrap();

@@ -72,6 +72,7 @@ pub(super) fn events(cluster: &Cluster) -> Robj {
         Event::HostJoined { agent } => Failure::new("host_joined").with("agent", agent + 1),
         Event::StopTimedOut { rank } => Failure::new("stop_timeout").with("rank", rank + 1),
         Event::SetupLogIncomplete => Failure::new("state_not_kept"),
+        Event::NotRecorded { reason } => Failure::new("not_recorded").with("reason", reason),
         Event::StateNotLogged { agent } => Failure::new("state_not_kept").with("agent", agent + 1),
         Event::LeftBehind {
             agent,

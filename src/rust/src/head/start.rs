@@ -7,7 +7,7 @@ use crate::r::failure::Failure;
 use extendr_api::prelude::*;
 use rustcluster_core::agent::{dial, startup};
 use rustcluster_core::head::hub::{HostView, Hub, NO_JOB, Plan, Progress};
-use rustcluster_core::head::launch::{Launch, Source};
+use rustcluster_core::head::launch::{Launch, Lingering, Source};
 use rustcluster_core::head::scheduler::MAX_SHARED_RESULTS;
 use rustcluster_core::platform::{limits, log};
 use rustcluster_core::protocol::control::{Linger, Outfile, Secret, Start, StartMode, ToHead};
@@ -199,7 +199,10 @@ fn launch_of(host: &Robj) -> Option<Launch> {
         let launcher = u32::try_from(dial.as_integer()?).ok()?;
         let lingers = fields.get("lingers").filter(|name| !name.is_null());
         let lingers = match lingers {
-            Some(name) => Some(name.as_str()?.to_owned()),
+            Some(name) => Some(Lingering {
+                name: name.as_str()?.to_owned(),
+                missed: fields.get("missed")?.as_bool()?,
+            }),
             None => None,
         };
         let source = Source::DialBack { launcher, lingers };
@@ -214,6 +217,7 @@ fn launch_of(host: &Robj) -> Option<Launch> {
     let directory = waiting.get("name")?.as_str()?.to_owned();
     let source = Source::Waiting {
         name: own.then_some(directory),
+        missed: fields.get("missed")?.as_bool()?,
         key: Secret(*dial::key_of(waiting.get("key")?.as_str()?)?),
         relay: Box::new(command_of(&waiting)?),
         next: Box::new(source),
@@ -517,6 +521,18 @@ fn hub_follow(handle: Robj, generation: i32) -> Robj {
     })
 }
 
+/// Writes the numbers of hosts that miss a set-up call, because they are lost, to the file `path`.
+/// @noRd
+#[extendr]
+fn hub_record_missed(handle: Robj, path: &str) -> Robj {
+    with_hub(&handle, |hub| {
+        hub.record_missed(Path::new(path)).map_err(|error| {
+            let reason = format!("the file {path} cannot be written: {error}");
+            Failure::new("start_failed").with("reason", reason)
+        })
+    })
+}
+
 /// Fills the set-up log from the logs of the agents, which have had another head. Returns whether that is done; waits up
 /// to one slice for it. `begin`: whether to begin it. `end`: whether to give it up.
 /// @noRd
@@ -760,6 +776,7 @@ extendr_module! {
     fn hub_are_over;
     fn hub_progress;
     fn hub_follow;
+    fn hub_record_missed;
     fn hub_take_over;
     fn hub_leave;
     fn hub_leave_out;

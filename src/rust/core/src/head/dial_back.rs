@@ -535,6 +535,11 @@ impl Core {
                 _ => Verdict::NotNeeded("the agent is connected".to_owned()),
             };
         }
+        // The workers of this agent are of no use to any head: those of others have newer variables, or this host is
+        // waited for, and its workers are made anew.
+        if self.missed.contains(agent) || (is_known.is_none() && self.conns[agent].awaited) {
+            return Verdict::Refused(HAS_ANOTHER.to_owned());
+        }
         if is_known == Some(true) {
             let reason = "its connection has failed, and it waits for another session (`linger`)";
             self.give_up_host(agent, reason.to_owned(), false);

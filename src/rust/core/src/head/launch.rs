@@ -22,6 +22,15 @@ pub struct Launch {
     pub source: Source,
 }
 
+/// An agent that has workers and looks for its head.
+#[derive(Clone, Debug)]
+pub struct Lingering {
+    /// The name of the agent's directory.
+    pub name: String,
+    /// The agent has missed a set-up call: it is ended when it comes.
+    pub missed: bool,
+}
+
 /// Where an agent comes from.
 #[derive(Clone, Debug)]
 pub enum Source {
@@ -36,14 +45,15 @@ pub enum Source {
     DialBack {
         /// The number of the launcher.
         launcher: u32,
-        /// The name of the directory of the agent that has workers and looks for its head, if the cluster has had
-        /// another head.
-        lingers: Option<String>,
+        /// The agent that has lost the head before, if the cluster has had one.
+        lingers: Option<Lingering>,
     },
     /// The agent waits for its head: see [`linger`](crate::agent::linger).
     Waiting {
         /// The name of the agent's directory, if the agent is on this machine.
         name: Option<String>,
+        /// The agent has missed a set-up call: it is ended.
+        missed: bool,
         /// The key of the cluster.
         key: Secret,
         /// The command that connects to the agent, if the agent is on another machine.

@@ -164,7 +164,15 @@ impl Hub {
         let shared_core = Arc::new(SharedCore::new(hosts.len(), result_limit, registry)?);
         for (agent, host) in hosts.iter().enumerate() {
             let dials = matches!(host.source, Source::DialBack { .. });
+            let missed = match &host.source {
+                Source::Waiting { missed, .. } => *missed,
+                Source::DialBack { lingers, .. } => lingers.as_ref().is_some_and(|l| l.missed),
+                Source::Command { .. } => false,
+            };
             let mut core = shared_core.core();
+            if missed {
+                core.missed.add(agent);
+            }
             core.conns[agent].dials = dials;
             core.inbox.hosts[agent].name.clone_from(&host.host);
         }

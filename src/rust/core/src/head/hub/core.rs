@@ -10,6 +10,7 @@
 use super::connection::Conn;
 use super::inbox::{HostFailure, Inbox};
 use super::kept::{FIRST_KEPT, KeptQuestion};
+use super::missed::Missed;
 use super::readiness::Readiness;
 use super::recent::Recent;
 use super::restore_queue::RestoreQueue;
@@ -103,6 +104,8 @@ pub struct Core {
     pub kept: KeptQuestion,
     /// Agents have been asked for set-up calls, which may be on their way.
     pub took_over: bool,
+    /// The hosts whose agents the next head must not use.
+    pub missed: Missed,
     /// The take-over has begun, or is not to begin. Lost hosts come back after it.
     pub began_take_over: bool,
     /// Lost hosts are reconnected.
@@ -182,6 +185,7 @@ impl SharedCore {
                 conns: (0..hosts).map(|_| Conn::default()).collect(),
                 inbox: Inbox::new(hosts),
                 setup_log: None,
+                missed: Missed::default(),
                 take_over: None,
                 kept: KeptQuestion::default(),
                 took_over: false,
@@ -704,7 +708,10 @@ impl Core {
                         self.end(*agent, Err(io::Error::other(reason.clone())));
                     }
                     // A worker may fail while it waits to be restored.
-                    Note::Up { rank, .. } | Note::Replaced { rank, .. } => self.worker_up(*rank),
+                    Note::Up { rank, .. } | Note::Replaced { rank, .. } => {
+                        self.has_current_agent(self.inbox.workers[*rank as usize].agent);
+                        self.worker_up(*rank);
+                    }
                     Note::SetupCalls {
                         rank,
                         complete,
@@ -732,6 +739,8 @@ impl Core {
                         outcome,
                         ..
                     } => {
+                        let lost = matches!(outcome, Outcome::Lost(_));
+                        self.setup_call_ended(*task, *rank, lost);
                         if let Some(setup_log) = &mut self.setup_log {
                             let setup_call = matches!(outcome, Outcome::Answer(_));
                             setup_log.ended(*task, *rank, setup_call);

@@ -110,6 +110,11 @@ pub enum Event {
     },
     /// The head's set-up log exceeds its limit: lost hosts will not be reconnected.
     SetupLogIncomplete,
+    /// What a session that takes over the cluster must know could not be written.
+    NotRecorded {
+        /// The file and the error.
+        reason: String,
+    },
     /// A stopped idle worker did not end within `stop_timeout` and was killed.
     StopTimedOut {
         /// The worker's rank.
@@ -557,6 +562,11 @@ impl Inbox {
                 failure,
             });
         }
+    }
+
+    /// Reports an event to R.
+    pub fn push_event(&mut self, event: Event) {
+        self.events.push_back(event);
     }
 
     /// Reports once that lost hosts will not be reconnected.

@@ -18,6 +18,7 @@ mod grow;
 mod inbox;
 mod join;
 mod kept;
+mod missed;
 mod readiness;
 mod recent;
 mod restore;

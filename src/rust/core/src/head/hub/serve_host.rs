@@ -35,6 +35,9 @@ const INTERRUPT_TIMEOUT: Duration = Duration::from_millis(200);
 /// workers is 0.6 s; the rest is for a busy machine.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Why the workers of an agent are not used that has missed a set-up call.
+const MISSED: &str = "its workers were ended, because they had missed exports or set-up calls while the host was lost";
+
 /// Bytes of an agent's stderr that error messages show.
 const AGENT_STDERR_TAIL: usize = 8 * 1024;
 
@@ -145,18 +148,26 @@ async fn serve_one(
         Source::Waiting {
             name: Some(name),
             key,
+            missed,
             ..
-        } => return serve_waiting(shared_core, agent, name, key, hello).await,
-        Source::Waiting { relay, key, .. } => (&**relay, Some(key)),
+        } => return serve_waiting(shared_core, agent, name, (key, *missed), hello).await,
+        Source::Waiting {
+            relay, key, missed, ..
+        } => (&**relay, Some((key, *missed))),
         source => (source, None),
     };
     let (command, env) = match source {
         Source::Command { command, env } => (command, env),
         Source::DialBack { launcher, lingers } => {
-            let lingers = lingers.as_deref().filter(|_| !again);
-            let dialled = await_dialled(shared_core, agent, *launcher, lingers).await;
+            let lingers = lingers.as_ref().filter(|_| !again);
+            let missed = lingers.is_some_and(|lingering| lingering.missed);
+            let name = lingers.map(|lingering| lingering.name.as_str());
+            let dialled = await_dialled(shared_core, agent, *launcher, name).await;
             return match dialled {
-                Ok(connection) => serve_dialled(shared_core, agent, connection, hello, again).await,
+                Ok(connection) => {
+                    let origin = Origin { again, missed };
+                    serve_dialled(shared_core, agent, connection, hello, origin).await
+                }
                 Err(failure) => failure,
             };
         }
@@ -193,11 +204,12 @@ async fn serve_one(
         tokio::task::spawn_local(keep_tail(stderr, tail.clone()));
     }
     let mut greeting = Greeting::default();
-    let proof = key.map(|key| Proof { key, relayed: true });
+    let missed = key.is_some_and(|(_, missed)| missed);
+    let proof = key.map(|(key, _)| Proof { key, relayed: true });
     let peer = Peer {
         stream,
         proof,
-        again,
+        origin: Origin { again, missed },
     };
     let ended = talk(shared_core, agent, hello, peer, &mut greeting).await;
     let in_use = is_in_use(&ended);
@@ -265,8 +277,11 @@ async fn serve_dialled(
     agent: usize,
     connection: Connection,
     hello: &Hello,
-    again: bool,
+    origin: Origin,
 ) -> HostFailure {
+    // An agent whose job had waited in the queue has no workers yet.
+    let is_new = connection.introduction.lingers.is_empty();
+    let missed = origin.missed && !is_new;
     {
         let mut core = shared_core.core();
         let host = &mut core.inbox.hosts[agent];
@@ -286,7 +301,7 @@ async fn serve_dialled(
     let peer = Peer {
         stream,
         proof: None,
-        again,
+        origin: Origin { missed, ..origin },
     };
     let ended = talk(shared_core, agent, hello, peer, &mut greeting).await;
     // From here on the stream is closed on the head's side, which asks the agent to end.
@@ -307,7 +322,7 @@ async fn serve_waiting(
     shared_core: &SharedCore,
     agent: usize,
     name: &str,
-    key: &Secret,
+    (key, missed): (&Secret, bool),
     hello: &Hello,
 ) -> HostFailure {
     let stream = linger::directory(name)
@@ -326,7 +341,10 @@ async fn serve_waiting(
     let peer = Peer {
         stream,
         proof,
-        again: false,
+        origin: Origin {
+            again: false,
+            missed,
+        },
     };
     let mut greeting = Greeting::default();
     let ended = talk(shared_core, agent, hello, peer, &mut greeting).await;
@@ -452,8 +470,16 @@ struct Proof<'a> {
 struct Peer<'a> {
     stream: std::os::unix::net::UnixStream,
     proof: Option<Proof<'a>>,
+    origin: Origin,
+}
+
+/// Where an agent comes from.
+#[derive(Clone, Copy)]
+struct Origin {
     /// The agent reconnects a lost host.
     again: bool,
+    /// The agent has workers that have missed a set-up call: see [`missed`](super::missed).
+    missed: bool,
 }
 
 /// Greets the agent, and waits for the end of its stream. An error says why the head ended it.
@@ -467,7 +493,7 @@ async fn talk(
     let Peer {
         stream,
         proof,
-        again,
+        origin: Origin { again, missed },
     } = peer;
     stream.set_nonblocking(true)?;
     let stream = UnixStream::from_std(stream)?;
@@ -492,7 +518,7 @@ async fn talk(
         io::Error::other(format!("{what} not up within {seconds} seconds"))
     };
     let received = tokio::select! {
-        received = greet(shared_core, agent, hello, &stream, proof, greeting) => match received? {
+        received = greet(shared_core, agent, hello, (&stream, proof, missed), greeting) => match received? {
             Some(received) => received,
             None => return Ok(()),
         },
@@ -654,14 +680,35 @@ async fn prove(
     Ok(Some(BytesMut::from(&received[..])))
 }
 
+/// Asks an agent that has greeted to end, and waits until it has.
+async fn end_agent(stream: &UnixStream) -> io::Result<()> {
+    let stop = control::encode(&ToAgent::Stop).map_err(io::Error::other)?;
+    let mut out = OutBuf::default();
+    out.push(&stop);
+    while !out.is_empty() {
+        stream.writable().await?;
+        match out.write_with(|slices| stream.try_write_vectored(slices)) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+            _ => {}
+        }
+    }
+    let mut ignored = BytesMut::new();
+    loop {
+        stream.readable().await?;
+        if read(stream, &mut ignored)? == Some(0) {
+            return Ok(());
+        }
+        ignored.clear();
+    }
+}
+
 /// Sends magic and hello, skips what a shell printed, and checks the agent's hello.
 /// `None`: it ended first.
 async fn greet(
     shared_core: &SharedCore,
     agent: usize,
     hello: &Hello,
-    stream: &UnixStream,
-    proof: Option<Proof<'_>>,
+    (stream, proof, missed): (&UnixStream, Option<Proof<'_>>, bool),
     greeting: &mut Greeting,
 ) -> io::Result<Option<BytesMut>> {
     let mut fresh = BytesMut::new();
@@ -695,6 +742,10 @@ async fn greet(
         }
         if let Some(theirs) = greeting.feed(&fresh.split()).map_err(io::Error::other)? {
             hello.check(&theirs).map_err(io::Error::other)?;
+            if missed {
+                let _ = timeout(STOP_TIMEOUT, end_agent(stream)).await;
+                return Err(io::Error::other(MISSED));
+            }
             info!(
                 agent = agent + 1,
                 pid = theirs.pid,

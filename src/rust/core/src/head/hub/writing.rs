@@ -155,6 +155,9 @@ pub(super) fn submit(
                 .tasks
                 .begin(order.task, writing.owner, order.rank);
         }
+        if writing.order.setup_call.is_some() {
+            core.setup_call_begins(writing.order.task);
+        }
         if let (Some(setup_log), Some(name)) = (&mut core.setup_log, writing.order.setup_call) {
             let order = &writing.order;
             setup_log.begin(order.task, order.rank, name, order.blob);
