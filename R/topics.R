@@ -159,7 +159,9 @@ NULL
 #'
 #' Hosts that are lost in the meantime are lost hosts of the reattached cluster: see [rustcluster_faults]. A host that
 #' is lost while its session goes on may still have an agent that waits. With `reconnect = TRUE` the session starts a
-#' new agent there, which ends the old one.
+#' new agent there, which ends the old one. Without that, the next session gets the workers of the host back, unless
+#' they have missed exports or other set-up calls: it then ends them, reports the host as lost, and reconnects it if the
+#' cluster was made with `reconnect = TRUE`.
 #'
 #' @section Batch jobs that wait:
 #' Agents of batch jobs ([slurm()] and the other launchers) dial the session. When it is gone, they dial the same
@@ -172,10 +174,12 @@ NULL
 #'   before are cancelled at once.
 #' * Jobs that wait in the queue stay there. Those that start while no session is connected find none and end after a
 #'   minute. The others join the reattached cluster as hosts that join late.
-#' * [reattachCluster()] waits up to 15 s for agents that have been connected. A host whose job has ended is given up as
-#'   soon as the engine says so. `stopCluster()`, [killCluster()] and [removeWorkers()] cancel jobs as before.
+#' * [reattachCluster()] waits for agents that have been connected for `heartbeat_timeout` + 5 seconds, at least for
+#'   15 s. An agent that comes later is ended with its job. A host whose job has ended is given up as soon as the engine
+#'   says so. `stopCluster()`, [killCluster()] and [removeWorkers()] cancel jobs as before.
 #' * A host whose connection fails while its session goes on is given up by that session, and its job waits for the next
-#'   one: `reattachCluster()` after the end of the session has that host again. `scancel` and the like end such a job.
+#'   one: `reattachCluster()` after the end of the session has that host again. The job ends at once if the host misses
+#'   exports or other set-up calls, and `scancel` and the like end it at any time.
 #' * After a restart of the machine of the session no guard is left. Agents still end after `linger` seconds.
 #'
 #' Adaptive launchers (`max`) cannot wait, since their jobs are submitted while a session runs.

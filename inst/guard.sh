@@ -220,8 +220,10 @@ end_jobs() {
   exit 0
 }
 
-# The number of seconds for which the jobs outlive their head; empty if they do not.
+# The number of seconds for which the jobs outlive their head; empty if they do not. The file may be missing on a full
+# disk: this guard remembers its own order.
 lingers() {
+  [ -z "$lingering" ] || { echo "$lingering"; return; }
   sed -n 's/^\([0-9][0-9]*\)$/\1/p' "$dir/linger" 2>/dev/null
 }
 
@@ -231,7 +233,9 @@ take_over() {
 }
 
 linger() {
+  lingering=
   if [ "$1" -gt 0 ]; then
+    lingering=$1
     take_over
     # The head is there. A guard that is started later reads the time.
     rm -f "$dir/lost"
@@ -250,11 +254,15 @@ lost() {
   [ -s "$dir/lost" ] || { date +%s >"$dir/lost"; } 2>/dev/null
   since=$(cat "$dir/lost" 2>/dev/null)
   limit=$((${since:-$(date +%s)} + time + 1))
+  noted=
+  [ ! -e "$dir/lost" ] || noted=1
   while [ "$(date +%s)" -le "$limit" ]; do
     sleep 0.5 2>/dev/null || sleep 1
     [ -d "$dir" ] || exit 0
     now=$(cat "$dir/guard" 2>/dev/null)
     [ -z "$now" ] || [ "$now" = "$me" ] || exit 0
+    # The guard of the next head removes the file. On a full disk it has no mark.
+    [ -z "$noted" ] || [ -e "$dir/lost" ] || exit 0
   done
   end_jobs
 }
@@ -283,6 +291,7 @@ main() {
   cd / || exit 2
   submissions=
   submitted=
+  lingering=
   me=${7##*/}
   [ -n "$me" ] || me="$(uname -n) $$ $(date +%s)"
   [ -z "$(lingers)" ] || take_over
