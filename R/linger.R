@@ -406,7 +406,9 @@ listClusters <- function() {
     }, ""),
     left = value(function(record) max(timeLeft(record), 0), 0), stringsAsFactors = FALSE
   )
-  rows[order(rows$created), ]
+  rows <- rows[order(rows$created), ]
+  rownames(rows) <- NULL
+  rows
 }
 
 #' @rdname clusterId
@@ -655,7 +657,7 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
   }
   if (progress) for (i in which(used & there)) showDone(paste0(fields$report$host[[i]], ": connected"))
   # The engine says whether jobs that have not connected will.
-  for (i in which(used & !there & (missed | !dials))) {
+  for (i in which(used & !there & (!dials | missed & !is.na(hosts$reason)))) {
     failure <- list(
       kind = "host_failed", agent = i,
       reason = if (is.na(hosts$reason[[i]])) "no response from its agent" else hosts$reason[[i]]
@@ -670,7 +672,7 @@ inUse <- function(record) {
   abort(
     "in_use", "cluster ", record$linger$id, " is connected to ",
     if (isThisProcess(record$head)) {
-      "this session, by another object than this one; use the cluster that was made or reattached"
+      "this session, by another object than this one; use the cluster that was made or reattached, or stop that with stopCluster()"
     } else {
       "another session; it can be taken over when that session has ended"
     },

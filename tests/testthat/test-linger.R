@@ -429,6 +429,42 @@ test_that("a host that was lost and has missed exports is not used with its old 
   }
 })
 
+test_that("a session that has lost all hosts during a call leaves all to the next one", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  first <- start_child({
+    cl <- makeRustCluster(c("127.0.0.2" = 1, "127.0.0.3" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60)
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+    call <- tryCatch(clusterCall(cl, function(dir) {
+      file.create(file.path(dir, Sys.getpid()))
+      Sys.sleep(2)
+      value <<- 3
+    }, dir), error = function(e) NULL)
+    try(clusterExport(cl, "call"), silent = TRUE)
+    say("lost", length(suppressWarnings(clusterAlive(cl))))
+    Sys.sleep(100)
+  }, env = record_env, values = list(rshcmd = ssh$rshcmd))
+  child_wait_for(first, "id")
+  pids <- lingering_pids(first)
+  begun <- file.path(first$dir, child_pids(first, "workers"))
+  expect_true(wait_until(function() all(file.exists(begun)), 10))
+  clients <- descendants(first$pid)
+  clients <- clients[startsWith(vapply(clients, process_command, ""), "ssh ")]
+  for (p in clients) tools::pskill(p, tools::SIGKILL)
+  child_wait_for(first, "lost")
+  expect_identical(child_said(first, "lost"), "0")
+  child_signal(first, tools::SIGKILL)
+  child_wait_end(first)
+  expect_silent(cl <- reattachCluster(child_said(first, "id")))
+  # The call has ended.
+  expect_identical(clusterCall(cl, function() value), list(3, 3))
+  expect_identical(clusterPids(cl), child_pids(first, "workers"))
+  parallel::stopCluster(cl)
+  expect_gone(pids)
+})
+
 test_that("a session whose link was frozen finds out that it has lost its cluster", {
   skip_without_sshd()
   ssh <- local_sshd()

@@ -165,13 +165,13 @@ impl Hub {
         for (agent, host) in hosts.iter().enumerate() {
             let dials = matches!(host.source, Source::DialBack { .. });
             let missed = match &host.source {
-                Source::Waiting { missed, .. } => *missed,
-                Source::DialBack { lingers, .. } => lingers.as_ref().is_some_and(|l| l.missed),
-                Source::Command { .. } => false,
+                Source::Waiting { missed, .. } => Some(*missed),
+                Source::DialBack { lingers, .. } => lingers.as_ref().map(|agent| agent.missed),
+                Source::Command { .. } => None,
             };
             let mut core = shared_core.core();
-            if missed {
-                core.missed.add(agent);
+            if let Some(missed) = missed {
+                core.missed.waits(agent, missed);
             }
             core.conns[agent].dials = dials;
             core.inbox.hosts[agent].name.clone_from(&host.host);

@@ -739,8 +739,7 @@ impl Core {
                         outcome,
                         ..
                     } => {
-                        let lost = matches!(outcome, Outcome::Lost(_));
-                        self.setup_call_ended(*task, *rank, lost);
+                        self.record_missed(*task, *rank, outcome);
                         if let Some(setup_log) = &mut self.setup_log {
                             let setup_call = matches!(outcome, Outcome::Answer(_));
                             setup_log.ended(*task, *rank, setup_call);

@@ -218,4 +218,4 @@ fn pieces(mut message: Bytes) -> Vec<Chunk> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -154,9 +154,9 @@ pub(super) fn submit(
             core.inbox
                 .tasks
                 .begin(order.task, writing.owner, order.rank);
-        }
-        if writing.order.setup_call.is_some() {
-            core.setup_call_begins(writing.order.task);
+            if order.setup_call.is_some() {
+                core.setup_call_begins(order.task);
+            }
         }
         if let (Some(setup_log), Some(name)) = (&mut core.setup_log, writing.order.setup_call) {
             let order = &writing.order;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-fn hello() -> Hello {
+pub fn hello() -> Hello {
     Hello {
         protocol: 0,
         package: String::new(),
@@ -69,7 +69,7 @@ fn late_host(workers: u32) -> Hub {
 }
 
 /// A cluster of two hosts, with a worker each, of which both have a task of job 1.
-fn two_hosts() -> Hub {
+pub fn two_hosts() -> Hub {
     let mut hub = Hub::by_hand(2, 1 << 20).unwrap();
     hub.keep_setup_log(&log_path(), 1 << 20, Duration::MAX)
         .unwrap();
@@ -92,7 +92,7 @@ fn two_hosts() -> Hub {
 }
 
 /// Submits a task of job 1. Returns the worker to which it is assigned.
-fn task(hub: &mut Hub, rank: Rank, setup_call: Option<u64>) -> Rank {
+pub fn task(hub: &mut Hub, rank: Rank, setup_call: Option<u64>) -> Rank {
     let started = hub.begin(rank, 1, setup_call, Turn::Last, |_| None);
     hub.write(b"task");
     hub.finish();
