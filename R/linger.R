@@ -672,7 +672,10 @@ inUse <- function(record) {
   abort(
     "in_use", "cluster ", record$linger$id, " is connected to ",
     if (isThisProcess(record$head)) {
-      "this session, by another object than this one; use the cluster that was made or reattached, or stop that with stopCluster()"
+      paste0(
+        "this session, by another object than this one; use the cluster that was made or reattached, or stop that ",
+        "with stopCluster()"
+      )
     } else {
       "another session; it can be taken over when that session has ended"
     },
