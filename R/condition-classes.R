@@ -104,6 +104,10 @@ conditionClasses <- list(
     not_exported = paste(
       "The function of [startRun()] uses variables of the global environment that are not exported. Field `names`."
     ),
+    run_workers_left = paste(
+      "The workers of a cancelled run, which wait for the next runner, could not be ended. Fields `dir`, `id` (of their",
+      "cluster)."
+    ),
     not_saved = paste(
       "A host could not save results (`.save = \"hosts\"`): its workers send them without. Fields `host`, `reason`."
     ),

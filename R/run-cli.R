@@ -11,9 +11,10 @@
 #'   \item{`wait DIR [SECONDS]`}{Wait until nobody computes the run, at most this long, and print it. The exit status is
 #'     1 unless all elements have a value.}
 #'   \item{`cancel DIR`}{End the runner, on whatever machine it is.}
-#'   \item{`resume [--cancelled] [--failed] DIR`}{Start a runner for what is missing. Does nothing if the run is being
-#'     computed or is done, so that cron can call it at any time. Elements of a done run that have failed are computed
-#'     again only with `--failed`. Continues a cancelled run only with `--cancelled`.}
+#'   \item{`resume [--cancelled] [--failed] DIR`}{Start a runner for what is missing and what has failed (the latter not
+#'     if the run was started with `.retry_errors = FALSE`). Does nothing if the run is being computed or is done, so that
+#'     cron can call it at any time: a run is done if each element has a value or an error. With `--failed`, the failed
+#'     elements of a run that is done are computed again. Continues a cancelled run only with `--cancelled`.}
 #'   \item{`errors DIR`}{Print the errors of failed elements. The exit status is 1 if there are any.}
 #'   \item{`log DIR [LINES]`}{Print the end of the log, by default 20 lines.}
 #' }

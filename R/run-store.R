@@ -277,8 +277,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
 
 # Returns whether a run has no result, also on no host, and was not made by startRun().
 isWithoutResults <- function(store) {
-  # The probe stays until results on hosts have been fetched.
-  !any(file.exists(file.path(store$dir, c("task.rds", "probe")))) && !any(storeStates(store) == 1L)
+  !file.exists(file.path(store$dir, "task.rds")) && !mayBeOnHosts(store$dir) && !any(storeStates(store) == 1L)
 }
 
 # Sets the indices of the elements to compute.

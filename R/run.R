@@ -20,10 +20,12 @@
 #'       progress bar. Returns the state, invisibly: `"running"` or `"starting"` after `timeout` seconds.}
 #'     \item{cancel(timeout = 30)}{Ends the runner, on whatever machine it is. Results are kept, and `resume()`
 #'       continues. Waits until the runner has ended, at most `timeout` seconds. Returns whether it has, invisibly. An
-#'       interrupted run becomes a cancelled one.}
-#'     \item{resume(spec, packages, cluster, .wait = 10)}{Starts a runner, on this machine, for what is missing or
-#'       failed. Does nothing if the run is being computed or has nothing left to compute. The arguments are those of
-#'       [startRun()]; they replace the former ones from now on. Returns whether a runner was started, invisibly.}
+#'       interrupted run becomes a cancelled one. Workers that wait for the next runner (`linger`) end, too.}
+#'     \item{resume(spec, packages, cluster, .wait = 10)}{Starts a runner, on this machine, for what is missing and for
+#'       what has failed, also if the run is done. Failed elements of a run with `.retry_errors = FALSE` keep their errors.
+#'       Does nothing if the run is being computed or has nothing left to compute. The arguments are those of
+#'       [startRun()]; they replace the former ones from now on. Workers that wait for the next runner (`linger`) are
+#'       used, with `packages` attached; another `spec` or `cluster` ends them. Returns whether a runner was started, invisibly.}
 #'     \item{timeline()}{Returns when the workers were busy, as [clusterTimeline()] does, from the first runner on.
 #'       `plot(run)` plots it.}
 #'     \item{log(n = 20)}{Returns the last lines of the log.}
@@ -57,7 +59,8 @@
 #' missing elements; fields `dir`, `state`, `missing` (their number). `rustcluster_element_failed`: `results()` of a run
 #' with failed elements; fields as in [clusterLapply()]. `rustcluster_run_failed`: the runner of `resume()` could not be
 #' started. `rustcluster_run_locked`: `cancel()` of a run that a call of [clusterLapply()] computes.
-#' `rustcluster_bad_argument`.
+#' `rustcluster_bad_argument`. A warning of class `rustcluster_run_workers_left`: `cancel()` could not end workers that
+#' wait for the next runner; fields `dir`, `id` (of their cluster).
 #' @seealso [startRun()], [listRuns()], [runs()]
 #' @examples
 #' dir <- tempfile("run")
@@ -274,7 +277,10 @@ runCancel <- function(dir, opened, timeout) {
   timeout <- plain(timeout)
   between(timeout, "timeout", "a number of seconds", 0, 1e6, infinite = TRUE)
   status <- runStatus(dir, opened)
-  if (status$state %in% c("done", "failed", "cancelled")) return(invisible(TRUE))
+  if (status$state %in% c("done", "failed", "cancelled")) {
+    endLingering(dir)
+    return(invisible(TRUE))
+  }
   if (status$state == "running" && !isLocked(dir)) {
     abort(
       "run_locked", "a call of clusterLapply() computes the run", whereText(status), "; interrupt it there",
@@ -287,13 +293,18 @@ runCancel <- function(dir, opened, timeout) {
     if (!asked) {
       abort("run_write_failed", "cannot write ", sQuote(cancel), fields = list(dir = dir))
     }
+    endLingering(dir)
     return(invisible(TRUE))
   }
   began <- proc.time()[["elapsed"]]
   signalled <- FALSE
   repeat {
     state <- runnerState(dir)
-    if (state$state %in% finalStates && !isLocked(dir)) return(invisible(TRUE))
+    if (state$state %in% finalStates && !isLocked(dir)) {
+      # The runner may have been killed.
+      endLingering(dir)
+      return(invisible(TRUE))
+    }
     elapsed <- proc.time()[["elapsed"]] - began
     if (elapsed >= timeout) return(invisible(FALSE))
     # The runner may be in code that looks at no file, or the disk may be full.
@@ -302,6 +313,22 @@ runCancel <- function(dir, opened, timeout) {
     }
     Sys.sleep(0.05)
   }
+}
+
+# Ends the workers that the last runner has left to the next one.
+endLingering <- function(dir) {
+  id <- readState(dir)$cluster
+  if (is.null(id) || is.null(theRecordOf(id))) return(invisible())
+  tryCatch(killCluster(id), error = function(e) {
+    # Somebody has reattached it, or its time is over.
+    if (inherits(e, c("rustcluster_in_use", "rustcluster_no_cluster"))) return(invisible())
+    warning(rustclusterCondition(
+      "run_workers_left", paste0(
+        "the workers of the run in ", sQuote(dir), " wait for the next runner, and could not be ended: ",
+        conditionMessage(e), ownLine(conditionMessage(e)), "killCluster(\"", id, "\") ends them"
+      ), type = "warning", dir = dir, id = id
+    ))
+  })
 }
 
 # Returns whether a runner is a process of this machine. Containers may have the same name and other processes.

@@ -18,8 +18,10 @@
 #' closed, or when RStudio Server suspends the session. Results are in the directory as soon as they are computed. If
 #' the runner or its machine dies, `resume()` computes what is missing.
 #'
-#' A script with `startRun()` can simply be run again. The call returns at once if the run is being computed or is done,
-#' and continues it otherwise. A call with another `X` or `FUN` is an error.
+#' A script with `startRun()` can simply be run again. The call returns at once if the run is being computed or all of
+#' its elements have a value, and continues it otherwise: it computes what is missing and, unless `.retry_errors =
+#' FALSE`, what has failed, also if the run is done. A call with another `X` or `FUN` is an error, unless no element has a
+#' value yet: the run is then begun anew.
 #'
 #' @param dir (character) The directory of the run. It is created if it is missing, readable by the user alone.
 #' @param X,FUN,... As in [clusterLapply()].
@@ -29,12 +31,14 @@
 #' @param export (character) Names of variables to export to the workers, as by [parallel::clusterExport()]. They are
 #'   looked up where `startRun()` is called, and saved with the run.
 #' @param cluster (list) Further arguments of [makeRustCluster()], by name, such as `list(threads = 4)`. With
-#'   `list(linger = 3600)`, the workers wait for the next runner if a runner dies: `resume()` reattaches them.
+#'   `list(linger = 3600)`, the workers wait for the next runner if a runner dies: `resume()` reattaches them. If `spec`
+#'   or `cluster` have changed, it ends them instead and makes a cluster as given.
 #' @param .seed,.timeout,.retries,.order,.sync,.save,.save_dir As in [clusterLapply()]. `.seed = TRUE` draws the seed
 #'   now: a resumed run has the same random numbers.
 #' @param .reuse As in [clusterLapply()]: with `"same"`, `X` of a run that continues may have other elements.
-#' @param .retry_errors (logical) Whether elements whose last result is an error are computed again when the run is
-#'   resumed.
+#' @param .retry_errors (logical) Whether elements that have failed are computed again whenever the run continues: by
+#'   `resume()`, or by this call, made again. At the command line, [runs()] continues a run that is done only with
+#'   `resume --failed`. With `FALSE`, failed elements keep their errors.
 #' @param .wait (number) Seconds to wait for the runner to begin to compute, at most. If the runner fails in this time,
 #'   its error is raised here. Later errors are in the status of the run.
 #' @return The run, as [openRun()] returns it.
@@ -49,8 +53,8 @@
 #' `@@reboot Rscript -e 'rustcluster::runs()' resume DIR` in the crontab continues the run ([runs()]).
 #'
 #' @section Errors:
-#' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run of which nothing has
-#' been computed is replaced, unless it is being computed. `rustcluster_run_locked`: a run that is being computed cannot
+#' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run without any
+#' value is replaced, unless it is being computed. `rustcluster_run_locked`: a run that is being computed cannot
 #' get other elements (`.reuse = "same"`), or another process uses the directory. `rustcluster_run_failed`: the
 #' runner could not be started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
 #' `rustcluster_bad_argument`. A warning of class `rustcluster_not_exported` names variables of the global environment
@@ -103,14 +107,18 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
       # The runner may not have made the store yet.
       return(join())
     }
-    if (computed || (hasStore(dir) && (computing || savesOnHosts(dir)))) {
-      grows <- compareWithRun(dir, X, code, list(...), .seed, .reuse)
+    valuable <- computing || isTRUE(status$done > 0) || mayBeOnHosts(dir)
+    grows <- if (hasStore(dir) && (computed || valuable)) {
+      tryCatch(compareWithRun(dir, X, code, list(...), .seed, .reuse), rustcluster_run_differs = function(e) {
+        if (valuable) stop(e)
+      })
+    } else if (computing) runLocked(dir)
+    # Nothing is lost: begin anew.
+    replaces <- is.null(grows)
+    if (!replaces) {
       if (computing && grows) runLocked(dir)
       if (computing || (status$state == "done" && !grows && !(status$failed && .retry_errors))) return(run)
       .seed <- readRunInfo(dir)$seed
-    } else {
-      if (computing) runLocked(dir)
-      replaces <- TRUE
     }
   }
   makeRunDirectory(dir)
@@ -167,11 +175,9 @@ compareWith <- function(dir, info, before, X, code, arguments, seed, reuse) {
 
 hasStore <- function(dir) file.exists(file.path(dir, "run.rds"))
 
-# Returns whether hosts may have results of a run that the store does not have yet.
-savesOnHosts <- function(dir) {
-  task <- file.path(dir, "task.rds")
-  !file.exists(task) || identical(readRDS(task)$options$.save, "hosts")
-}
+# Returns whether hosts may have results of a run that the store does not have yet: the probe stays until they have been
+# fetched.
+mayBeOnHosts <- function(dir) file.exists(file.path(dir, "probe"))
 
 # Refuses an argument that `FUN` does not take: it is a typing error, or the cluster that clusterLapply() needs. `fun`:
 # a function with the arguments of `FUN`, or NULL if these are unknown.
@@ -281,16 +287,15 @@ runnerSettings <- function(spec, packages, cluster) {
 
 names2 <- function(x) if (is.null(names(x))) rep("", length(x)) else names(x)
 
-# Removes what is left of a run of which nothing has been computed. Only the runner that takes its place calls this: it
+# Removes what is left of a run without any value. Only the runner that takes its place calls this: it
 # has the lock. The locks stay.
 removeOldRun <- function(dir) {
   if (hasStore(dir)) {
     # The lock of the store keeps calls of clusterLapply() away.
     store <- openStore(dir, write = TRUE)
     on.exit(closeStore(store))
-    counts <- storeCounts(store)
     # Another runner has computed something in the meantime: clusterLapply() says what differs.
-    if (counts[["done"]] + counts[["failed"]] > 0) return(invisible())
+    if (storeCounts(store)[["done"]] > 0) return(invisible())
   }
   # In this order: no description of a run is without its elements.
   for (name in c("results", "run.rds", "elements.rds", "damaged", "probe", "session")) {
@@ -383,19 +388,30 @@ saveNew <- function(value, dir, to) {
   abort("run_write_failed", "cannot write ", sQuote(to), ": ", problem, fields = list(dir = dir))
 }
 
+# Returns whether a runner with these settings makes the same cluster as the last one, but for its packages.
+startsAlike <- function(dir, settings) {
+  parts <- c("spec", "cluster")
+  tryCatch(
+    identical(hashOf(readRDS(runnerFile(dir, "settings.rds"))[parts]), hashOf(settings[parts])),
+    error = function(e) FALSE, warning = function(w) FALSE
+  )
+}
+
 # Starts a runner. Returns FALSE if there is one already. `n`: the number of elements. `task`: that of a new run.
-# `replaces`: whether it takes the place of a run of which nothing has been computed.
+# `replaces`: whether it takes the place of a run without any value.
 startRunner <- function(dir, settings, n, task = NULL, replaces = FALSE) {
   directory <- settings$directory
   if (!dir.exists(directory)) directory <- dir
   before <- readState(dir)
   replaces <- replaces || isTRUE(before$replaces)
+  waiting <- before$cluster
+  renews <- !is.null(waiting) && (replaces || isTRUE(before$renews) || !startsAlike(dir, settings))
   if (replaces) before <- NULL
   state <- list(
     id = randomText(8L), replaces = replaces, state = "starting", pid = NA_integer_, host = thisHost(),
     started = Sys.time(), updated = Sys.time(), ended = NULL,
     n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
-    attempt = if (is.null(before)) 1L else before$attempt + 1L, cluster = before$cluster
+    attempt = if (is.null(before)) 1L else before$attempt + 1L, cluster = waiting, renews = renews
   )
   # The state comes last: whoever sees that a runner starts sees its task.
   values <- list(settings, task, state)

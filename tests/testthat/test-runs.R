@@ -148,15 +148,21 @@ test_that("a killed runner is seen at once, leaves nothing, and the run resumes 
   }
 })
 
-test_that("the workers of a run that is killed wait for its next runner", {
+# Keeps the records of clusters in a directory of the test's own.
+local_cache <- function(.frame = parent.frame()) {
   cache <- tempfile("cache-")
   dir.create(cache)
   before <- Sys.getenv("R_USER_CACHE_DIR", NA)
   Sys.setenv(R_USER_CACHE_DIR = cache)
-  on.exit({
+  restore <- function() {
     if (is.na(before)) Sys.unsetenv("R_USER_CACHE_DIR") else Sys.setenv(R_USER_CACHE_DIR = before)
     unlink(cache, recursive = TRUE)
-  }, add = TRUE, after = FALSE)
+  }
+  do.call("on.exit", list(bquote(.(restore)()), add = TRUE, after = FALSE), envir = .frame)
+}
+
+test_that("the workers of a run that is killed wait for its next runner", {
+  local_cache()
   dir <- local_run_dir()
   gate <- tempfile("gate-")
   said <- tempfile("said-")
@@ -176,6 +182,42 @@ test_that("the workers of a run that is killed wait for its next runner", {
   expect_match(paste(readLines(file.path(dir, "log")), collapse = "\n"), "reattached the cluster")
   expect_gone(pids, within = 5)
   unlink(c(gate, said))
+})
+
+test_that("workers that wait for the next runner get its packages, and end for another `spec` or when it is cancelled", {
+  local_cache()
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  fun <- function(i) {
+    if (i > 1) while (!file.exists(paste0(gate, i))) Sys.sleep(0.02)
+    c("package:tools" %in% search(), as.integer(Sys.getenv("RUN_MARK", 0)))
+  }
+  interrupt <- function(done) {
+    expect_true(wait_until(function() run$status()$done == done))
+    pid <- run$status()$pid
+    tools::pskill(pid, tools::SIGKILL)
+    expect_gone(pid)
+    listClusters()
+  }
+  run <- startRun(dir, 1:6, fun, spec = 1, .timeout = 1e5, cluster = list(linger = 60))
+  pids <- processes_of(run)
+  first <- interrupt(1)
+  file.create(paste0(gate, 2:3))
+  expect_true(run$resume(packages = "tools", .wait = 30))
+  second <- interrupt(3)
+  expect_identical(second$id, first$id)
+  expect_true(run$resume(spec = 2, cluster = list(linger = 60, rscript_envs = c(RUN_MARK = "7")), .wait = 30))
+  expect_gone(pids, within = 5)
+  file.create(paste0(gate, 4))
+  pids <- processes_of(run)
+  third <- interrupt(4)
+  expect_false(third$id == first$id)
+  expect_identical(third$workers, 2L)
+  expect_true(run$cancel())
+  expect_gone(pids, within = 5)
+  expect_identical(nrow(listClusters()), 0L)
+  expect_identical(run$results(partial = TRUE)[c(1, 3, 4)], list(c(0L, 0L), c(1L, 0L), c(1L, 7L)))
+  unlink(paste0(gate, 2:4))
 })
 
 test_that("everything is killed, and another session resumes", {
@@ -477,6 +519,16 @@ test_that("a run of which nothing was computed is replaced under its lock", {
   expect_true(rustcluster:::startRunner(dir, readRDS(file.path(dir, "runner", "settings.rds")), 4, replaces = TRUE))
   expect_identical(run$wait(60), "done")
   expect_identical(as.list(run$results()), lapply(1:4, abs))
+  # Errors alone are not worth keeping for another call.
+  failing <- local_run_dir()
+  cl <- local_cluster(1)
+  clusterLapply(cl, 1:2, function(i) stop("no"), .store = failing, .errors = "return")
+  for (fun in list(function(i) stop("no again"), function(i) i)) {
+    run <- startRun(failing, 1:2, fun, spec = 1)
+    expect_identical(run$wait(60), "done")
+  }
+  expect_identical(as.list(run$results()), list(1L, 2L))
+  expect_error(startRun(failing, 1:2, sqrt), class = "rustcluster_run_differs")
 })
 
 test_that("a start that is too late does not lose that a run is to be cancelled", {
