@@ -276,10 +276,12 @@ raiseElementFailed <- function(first, failed, results) {
 # Returns the error of failed elements. `text`: the error of the first of them. `indices`: their indices.
 elementFailed <- function(text, indices, results, ...) {
   others <- length(indices) - 1L
+  # The text of a worker failure or of a timeout names the element.
+  element <- paste0("element ", indices[[1L]], " ")
   rustclusterCondition(
     "element_failed",
     paste0(
-      "element ", indices[[1L]], " failed: ", text,
+      if (!startsWith(text, element)) paste0(element, "failed: "), text,
       if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)")),
       if (length(results) > length(indices)) whereResults("rustcluster_element_failed")
     ),

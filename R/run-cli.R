@@ -65,6 +65,7 @@ runCommand <- function(args) {
     return(2L)
   }
   run <- openRun(args[[2L]])
+  print <- function(x) base::print(x, command = TRUE)
   switch(command,
     status = {
       print(run)
@@ -76,24 +77,14 @@ runCommand <- function(args) {
       exitStatus(run, running = FALSE)
     },
     cancel = {
+      state <- run$status()$state
       ended <- run$cancel()
+      if (state %in% setdiff(finalStates, "interrupted")) cat("nothing to cancel: the run is ", state, "\n", sep = "")
+      if (!ended) cat("the runner was told to end, but has not ended yet\n")
       print(run)
       as.integer(!ended)
     },
-    resume = {
-      status <- run$status()
-      if (status$state == "cancelled" && !cancelled) {
-        cat("the run was cancelled: `resume --cancelled` continues it\n")
-        return(0L)
-      }
-      # Also a run of clusterLapply() is done, or is being computed.
-      if (status$state %in% finalStates && (status$state != "done" || (failed && status$failed))) run$resume()
-      print(run)
-      if (status$state == "done" && status$failed && !failed) {
-        cat("`resume --failed` computes failed elements again\n")
-      }
-      0L
-    },
+    resume = resumeCommand(run, cancelled, failed, print),
     errors = {
       errors <- run$errors()
       if (nrow(errors)) print(errors)
@@ -104,6 +95,34 @@ runCommand <- function(args) {
       0L
     }
   )
+}
+
+# Starts a runner, if there is something to do for it, and says what was done. Returns the exit status.
+resumeCommand <- function(run, cancelled, failed, print) {
+  status <- run$status()
+  if (status$state == "cancelled" && !cancelled) {
+    cat("the run was cancelled: `resume --cancelled DIR` continues it\n")
+    return(0L)
+  }
+  # Also a run of clusterLapply() is done, or is being computed.
+  due <- status$state %in% finalStates && (status$state != "done" || (failed && status$failed))
+  started <- due && run$resume()
+  cat(
+    if (started) "a runner was started" else paste0(
+      "nothing was started: ",
+      if (!status$state %in% finalStates || (due && status$state != "done")) {
+        "the run is being computed"
+      } else if (!status$failed) {
+        "all elements have a value"
+      } else if (failed) {
+        "the run has `.retry_errors = FALSE`, and failed elements keep their errors"
+      } else {
+        "all elements have a value or an error; `resume --failed DIR` computes failed elements again"
+      }
+    ), "\n", sep = ""
+  )
+  print(run)
+  0L
 }
 
 # Returns 0 if all elements have a value, or may still get one. `running`: whether a run that is being computed is well.

@@ -380,10 +380,9 @@ pickHashes <- function(hashes, ids) {
 changedParts <- function(before, now) {
   both <- intersect(names(before), names(now))
   changed <- both[before[both] != now[both]]
+  that <- function(parts, verb) if (length(parts)) paste(sub("(, which .* uses)$", "\\1,", parts), verb)
   c(
-    if (length(changed)) paste(changed, "changed"),
-    if (length(gone <- setdiff(names(before), both))) paste(gone, "is missing"),
-    if (length(new <- setdiff(names(now), both))) paste(new, "is new")
+    that(changed, "changed"), that(setdiff(names(before), both), "is missing"), that(setdiff(names(now), both), "is new")
   )
 }
 

@@ -27,7 +27,8 @@
 #'       [startRun()]; they replace the former ones from now on. Workers that wait for the next runner (`linger`) are
 #'       used, with `packages` attached; another `spec` or `cluster` ends them. Returns whether a runner was started, invisibly.}
 #'     \item{timeline()}{Returns when the workers were busy, as [clusterTimeline()] does, from the first runner on.
-#'       `plot(run)` plots it.}
+#'       `plot(run)` plots it. A run of [clusterLapply()] has no runner and no timeline, which is an error of class
+#'       `rustcluster_run_incomplete`.}
 #'     \item{log(n = 20)}{Returns the last lines of the log.}
 #'   }
 #'   [promises::as.promise()] works on the object: the promise is fulfilled with the results, or rejected if the run
@@ -63,7 +64,8 @@
 #' wait for the next runner; fields `dir`, `id` (of their cluster).
 #' @seealso [startRun()], [listRuns()], [runs()]
 #' @examples
-#' dir <- tempfile("run")
+#' # Not in tempdir(), which is removed when the session ends.
+#' dir <- tempfile("run", dirname(tempdir()))
 #' startRun(dir, 1:10, function(i) if (i == 7) stop("no") else i^2, spec = 2)
 #' run <- openRun(dir)
 #' run$wait()
@@ -379,6 +381,13 @@ awaitUnlocked <- function(dir) {
 runTimeline <- function(dir) {
   timeline <- readTimeline(dir)
   if (is.null(timeline)) {
+    if (!file.exists(runnerFile(dir, "state.rds"))) {
+      abort(
+        "run_incomplete", "the run in ", sQuote(dir), " has no timeline: only runners, which startRun() starts, save one; ",
+        "clusterTimeline() returns that of the cluster of a call of clusterLapply()",
+        fields = list(dir = dir, state = runnerState(dir)$state, missing = NA_real_)
+      )
+    }
     abort("run_incomplete", "the run in ", sQuote(dir), " has no timeline yet: its runner saves one after some seconds",
           fields = list(dir = dir, state = runnerState(dir)$state, missing = NA_real_))
   }
@@ -416,13 +425,13 @@ print.rustcluster_run <- function(x, ...) {
 }
 
 #' @export
-format.rustcluster_run <- function(x, ...) {
+format.rustcluster_run <- function(x, ..., command = FALSE) {
   if (!isRun(x$dir)) return(paste0("<run ", x$dir, ": not there>"))
   status <- tryCatch(x$status(), rustcluster_error = identity)
   if (inherits(status, "condition")) return(c(paste0("<run ", x$dir, ">"), conditionMessage(status)))
   printable(c(
-    paste0("<run ", x$dir, ": ", status$state, runStateText(status), ">"), elementsText(status), workText(status),
-    endText(x, status)
+    paste0("<run ", x$dir, ": ", status$state, runStateText(status), ">"), elementsText(status, command),
+    workText(status), endText(x, status, command)
   ))
 }
 
@@ -440,12 +449,15 @@ runStateText <- function(status) {
   if (!is.na(status$ended)) paste0(" at ", time(status$ended))
 }
 
-elementsText <- function(status) {
+# `command`: whether the text is for the command line (runs()).
+elementsText <- function(status, command) {
   if (is.na(status$total)) return(NULL)
   paste0(
     formatCount(status$done), " of ", counted(status$total, "element"), " done",
     if (status$total > 0) sprintf(" (%.0f %%)", floor(100 * status$done / status$total)),
-    if (status$failed) paste0(", ", formatCount(status$failed), " failed: see errors()"),
+    if (status$failed) {
+      paste0(", ", formatCount(status$failed), " failed: see ", if (command) "`errors DIR`" else "errors()")
+    },
     if (status$attempt > 1L) paste0("; runner ", status$attempt)
   )
 }
@@ -464,17 +476,19 @@ workText <- function(status) {
 }
 
 # Returns what to know and to do about a run that has not ended well.
-endText <- function(run, status) {
+endText <- function(run, status, command) {
+  resume <- if (!command) "resume()" else if (status$state == "cancelled") "`resume --cancelled DIR`" else "`resume DIR`"
+  resume <- paste(resume, "continues the run")
   log <- function() sub("^\n", "", tailText("end of its log", paste(run$log(10L), collapse = "\n")))
   switch(status$state,
-    failed = c(paste("error:", status$message), log(), "resume() continues the run"),
-    cancelled = "resume() continues the run",
+    failed = c(paste("error:", status$message), log(), resume),
+    cancelled = resume,
     interrupted = if (status$attempt) c(
       paste0(
         "the runner", runPlace(status), " was killed, or its machine was restarted, after ",
         format(status$updated, "%Y-%m-%d %H:%M:%S")
       ),
-      "resume() continues the run"
+      resume
     ) else "call clusterLapply(.store = ) again, with the same X and FUN, to continue the run"
   )
 }

@@ -58,10 +58,12 @@
 #' get other elements (`.reuse = "same"`), or another process uses the directory. `rustcluster_run_failed`: the
 #' runner could not be started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
 #' `rustcluster_bad_argument`. A warning of class `rustcluster_not_exported` names variables of the global environment
-#' that `FUN` uses and that are not in `export` (field `names`).
+#' that `FUN`, or a function in `export` or `...`, uses and that are not in `export` (field `names`). A warning of class
+#' `rustcluster_run_temporary` says that `dir` is below [tempdir()] and will be removed when this session ends.
 #' @seealso [openRun()], [listRuns()], [runs()]
 #' @examples
-#' dir <- tempfile("sweep")
+#' # Not in tempdir(), which is removed when the session ends.
+#' dir <- tempfile("sweep", dirname(tempdir()))
 #' scale <- 10
 #' run <- startRun(dir, 1:20, function(i) scale * sqrt(i), spec = 2, export = "scale")
 #' run$wait()
@@ -72,6 +74,7 @@
 startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NULL, cluster = list(),
                      .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL, .reuse = c("all", "same"),
                      .retry_errors = TRUE, .sync = 0.1, .save = c("head", "hosts"), .save_dir = NULL, .wait = 10) {
+  if (!missing(X)) refuseCluster(X, "X")
   FUN <- theFunction(FUN)
   if (missing(X)) badArgument("X", "is missing")
   refuseUnknown(startRun, "startRun", ...names(), args(FUN))
@@ -130,7 +133,8 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
       .reuse = .reuse, .retry_errors = .retry_errors, .sync = .sync, .save = .save, .save_dir = .save_dir
     )
   )
-  warnNotExported(FUN, names(export))
+  warnNotExported(FUN, export, list(...))
+  warnTemporary(dir)
   awaitUnlocked(dir)
   if (!startRunner(dir, settings, length(X), task, replaces)) {
     # Another session was faster.
@@ -184,16 +188,33 @@ mayBeOnHosts <- function(dir) file.exists(file.path(dir, "probe"))
 refuseForeign <- function(given, fun) {
   known <- names(formals(fun))
   open <- is.null(fun) || "..." %in% known
-  for (i in which(nzchar(names2(given)))) {
-    name <- names(given)[[i]]
+  for (i in seq_along(given)) {
+    name <- names2(given)[[i]]
     # R takes the beginning of a name for the name.
-    if (any(startsWith(known, name))) next
-    if (inherits(given[[i]], "cluster")) badArgument(name, "is a cluster; startRun() makes its own cluster: use `spec`")
-    if (open) next
+    if (nzchar(name) && any(startsWith(known, name))) next
+    refuseCluster(given[[i]], if (nzchar(name)) name else "...")
+    if (open || !nzchar(name)) next
     hint <- didYouMean(name, setdiff(names(formals(startRun)), "..."))
     if (name == "cl") hint <- "; startRun() makes its own cluster: use `spec`"
     badArgument(name, "is neither an argument of startRun() nor of `FUN`", hint)
   }
+}
+
+refuseCluster <- function(value, argument) {
+  if (!inherits(value, "cluster")) return(invisible())
+  badArgument(argument, if (argument == "...") "contains" else "is", " a cluster; startRun() makes its own cluster: use `spec`")
+}
+
+# Warns of a directory that is removed at the end of this session.
+warnTemporary <- function(dir) {
+  inside <- startsWith(paste0(dir, "/"), paste0(normalizePath(tempdir()), "/"))
+  if (inside) warning(rustclusterCondition(
+    "run_temporary", paste0(
+      sQuote(dir), " is below tempdir(): this session removes it when it ends, and that ends the run; use a directory ",
+      "that stays"
+    ),
+    type = "warning", dir = dir
+  ))
 }
 
 # Returns those of these names that a function finds in the global environment.
@@ -207,24 +228,59 @@ inGlobal <- function(FUN, names) {
   if (is.null(envir)) character() else names[vapply(names, exists, NA, envir = envir, inherits = FALSE)]
 }
 
-# Warns of variables of the global environment that `FUN` uses and that do not exist in the workers.
-warnNotExported <- function(FUN, exported) {
-  if (typeof(FUN) != "closure") return(invisible())
-  used <- freeNames(call("function", formals(FUN), body(FUN)))
-  globals <- inGlobal(FUN, setdiff(c(used$variables, used$functions), exported))
-  # A function is looked up among functions.
-  function_only <- setdiff(globals, used$variables)
-  globals <- setdiff(globals, function_only[!vapply(function_only, exists, NA, envir = globalenv(), mode = "function",
-                                                    inherits = FALSE)])
-  if (!length(globals)) return(invisible())
-  names <- paste0("`", sort(globals), "`", collapse = ", ")
+# Warns of variables of the global environment that `FUN`, or a function that is sent with it, uses and that do not exist
+# in the workers. `exported`: the exported variables, by name. `arguments`: those of `FUN`.
+warnNotExported <- function(FUN, exported, arguments) {
+  others <- c(exported, arguments)
+  labels <- ifelse(nzchar(names2(others)), paste0("`", names2(others), "`"), "a function in `...`")
+  missing <- lapply(c(list(FUN), others), globalsNeeded, names(exported))
+  used <- lengths(missing) > 0L
+  if (!any(used)) return(invisible())
+  listed <- function(names) paste0("`", sort(names), "`", collapse = ", ")
+  names <- sort(unique(unlist(missing)))
   warning(rustclusterCondition(
     "not_exported", paste0(
-      "`FUN` uses ", names, " of the global environment, which the workers do not have; name ",
-      ngettext(length(globals), "it", "them"), " in `export`"
+      paste(c("`FUN`", labels)[used], "uses", vapply(missing[used], listed, ""), collapse = ", and "),
+      " of the global environment, which the workers do not have; name ", ngettext(length(names), "it", "them"),
+      " in `export`"
     ),
-    type = "warning", names = sort(globals)
+    type = "warning", names = names
   ))
+}
+
+# Returns the names of the variables of the global environment, but for those that are exported, that a function uses, or
+# a function that it finds in its own environment, which is sent with it.
+globalsNeeded <- function(FUN, exported) {
+  if (typeof(FUN) != "closure") return(character())
+  todo <- list(FUN)
+  seen <- list()
+  found <- character()
+  while (length(todo)) {
+    fun <- todo[[1L]]
+    todo <- todo[-1L]
+    if (any(vapply(seen, identical, NA, fun))) next
+    seen <- c(seen, list(fun))
+    used <- freeNames(call("function", formals(fun), body(fun)))
+    globals <- inGlobal(fun, setdiff(c(used$variables, used$functions), exported))
+    # A function is looked up among functions.
+    calls <- setdiff(globals, used$variables)
+    others <- calls[!vapply(calls, exists, NA, envir = globalenv(), mode = "function", inherits = FALSE)]
+    found <- union(found, setdiff(globals, others))
+    todo <- c(todo, Filter(function(value) typeof(value) == "closure", localVariables(fun, unlist(used))))
+  }
+  found
+}
+
+# Returns the values of those of these variables that a function finds below the global environment.
+localVariables <- function(fun, names) {
+  envir <- environment(fun)
+  found <- list()
+  while (!is.null(envir) && !identical(envir, globalenv())) {
+    if (identical(envir, emptyenv()) || isNamespace(envir)) return(list())
+    found <- c(found, variablesIn(envir, intersect(ls(envir, all.names = TRUE), setdiff(names, names(found)))))
+    envir <- parent.env(envir)
+  }
+  found
 }
 
 # Returns the hashes of the parts of a function and of the exported variables. Other global variables do not exist in
