@@ -19,9 +19,21 @@
 #'   \item{`log DIR [LINES]`}{Print the end of the log, by default 20 lines.}
 #' }
 #'
-#' The exit status is 2 after a wrong command, and 1 after any error, whose message is printed on standard error. With
-#' the line `@@reboot Rscript -e 'rustcluster::runs()' resume /data/sweep` in the crontab, a run continues after a
-#' restart of the machine.
+#' The exit status is 2 after a wrong command, and 1 after any error, whose message is printed on standard error.
+#'
+#' @section cron:
+#' With a line like this in the crontab, a run continues after a restart of the machine:
+#'
+#' `@@reboot R_LIBS=/home/me/R/library /usr/bin/Rscript -e 'rustcluster::runs()' resume /data/sweep`
+#'
+#' cron has neither the `PATH` nor the variables of a session, and starts in the home directory: give the path of Rscript
+#' and the absolute path of the run, and in `R_LIBS` the library that contains this package, unless R finds it without.
+#' This prints the line for a run:
+#'
+#' ```
+#' cat("@@reboot R_LIBS=", paste(.libPaths(), collapse = ":"), " ", R.home("bin"),
+#'     "/Rscript -e 'rustcluster::runs()' resume ", run$dir, "\n", sep = "")
+#' ```
 #'
 #' @param args (character) The command and its arguments. Default: those of the command line.
 #' @return The list of runs, invisibly, in an interactive session. Any other session ends.

@@ -44,13 +44,15 @@
 #' @return The run, as [openRun()] returns it.
 #'
 #' @section The runner:
-#' The runner starts in the working directory of this session and with its library paths, its environment variables and
-#' its options `mc.cores` and `rustcluster.*`. It has no terminal and ignores SIGHUP. Its output is in the file `log` of
-#' the directory. Workers find in their global environment what `export` names, and nothing else of this session.
+#' The runner starts in the working directory of this session and with its library paths and its options `mc.cores` and
+#' `rustcluster.*`; so do later runners. It has no terminal and ignores SIGHUP. Its output is in the file `log` of the
+#' directory. Environment variables are not saved with the run, because they may be secrets: each runner has those of the
+#' session, shell or cron job that starts it. For workers, `cluster = list(rscript_envs = )` sets variables, which are
+#' saved in a file that the user alone can read. Workers find in their global environment what `export` names, and nothing else of this session.
 #'
 #' A machine may end the processes of a user when the user logs out (systemd, with `KillUserProcesses=yes`): `loginctl
-#' enable-linger` keeps them. A restart of the machine ends them in any case. The line
-#' `@@reboot Rscript -e 'rustcluster::runs()' resume DIR` in the crontab continues the run ([runs()]).
+#' enable-linger` keeps them. A restart of the machine ends them in any case. A line in the crontab continues the run
+#' then: see [runs()].
 #'
 #' @section Errors:
 #' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run without any
