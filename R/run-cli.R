@@ -12,9 +12,9 @@
 #'     1 unless all elements have a value.}
 #'   \item{`cancel DIR`}{End the runner, on whatever machine it is.}
 #'   \item{`resume [--cancelled] [--failed] DIR`}{Start a runner for what is missing and what has failed (the latter not
-#'     if the run was started with `.retry_errors = FALSE`). Does nothing if the run is being computed or is done, so that
-#'     cron can call it at any time: a run is done if each element has a value or an error. With `--failed`, the failed
-#'     elements of a run that is done are computed again. Continues a cancelled run only with `--cancelled`.}
+#'     if the run was started with `.retry_errors = FALSE`). Does nothing if the run is being computed or is done, so
+#'     that cron can call it at any time: a run is done if each element has a value or an error. With `--failed`, the
+#'     failed elements of a run that is done are computed again. Continues a cancelled run only with `--cancelled`.}
 #'   \item{`errors DIR`}{Print the errors of failed elements. The exit status is 1 if there are any.}
 #'   \item{`log DIR [LINES]`}{Print the end of the log, by default 20 lines.}
 #' }
@@ -26,9 +26,9 @@
 #'
 #' `@@reboot R_LIBS=/home/me/R/library /usr/bin/Rscript -e 'rustcluster::runs()' resume /data/sweep`
 #'
-#' cron has neither the `PATH` nor the variables of a session, and starts in the home directory: give the path of Rscript
-#' and the absolute path of the run, and in `R_LIBS` the library that contains this package, unless R finds it without.
-#' This prints the line for a run:
+#' cron has neither the `PATH` nor the variables of a session, and starts in the home directory: give the path of
+#' Rscript and the absolute path of the run, and in `R_LIBS` the library that contains this package, unless R finds it
+#' without. This prints the line for a run:
 #'
 #' ```
 #' cat("@@reboot R_LIBS=", paste(.libPaths(), collapse = ":"), " ", R.home("bin"),

@@ -10,10 +10,10 @@
 #' failed has the value that `.errors = "return"` gives it. `view[i]` and `as.list()` return lists, with `NULL` for
 #' elements without a result.
 #'
-#' `lapply()`, `vapply()`, `Map()`, `Filter()`, `Reduce()` and the functions of \pkg{parallel} and of this package work on
-#' a view, and so do `head()`, `tail()`, `rev()`, `unlist()`, `c()`, `lengths()` and `is.na()`: they return what they
-#' return for the list. All but `head()`, `tail()` and `Map()` read all results at once. Functions that need a real list,
-#' such as `for`, `do.call()` and `purrr::map()`, raise an error: use `as.list()`. A view cannot be changed.
+#' `lapply()`, `vapply()`, `Map()`, `Filter()`, `Reduce()` and the functions of \pkg{parallel} and of this package work
+#' on a view, and so do `head()`, `tail()`, `rev()`, `unlist()`, `c()`, `lengths()` and `is.na()`: they return what they
+#' return for the list. All but `head()`, `tail()` and `Map()` read all results at once. Functions that need a real
+#' list, such as `for`, `do.call()` and `purrr::map()`, raise an error: use `as.list()`. A view cannot be changed.
 #' @param x A view.
 #' @param i The index of an element, or its name. For `[`: any index of a vector.
 #' @param ... Ignored.

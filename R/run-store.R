@@ -382,7 +382,8 @@ changedParts <- function(before, now) {
   changed <- both[before[both] != now[both]]
   that <- function(parts, verb) if (length(parts)) paste(sub("(, which .* uses)$", "\\1,", parts), verb)
   c(
-    that(changed, "changed"), that(setdiff(names(before), both), "is missing"), that(setdiff(names(now), both), "is new")
+    that(changed, "changed"), that(setdiff(names(before), both), "is missing"),
+    that(setdiff(names(now), both), "is new")
   )
 }
 

@@ -22,10 +22,11 @@
 #'       continues. Waits until the runner has ended, at most `timeout` seconds. Returns whether it has, invisibly. An
 #'       interrupted run becomes a cancelled one. Workers that wait for the next runner (`linger`) end, too.}
 #'     \item{resume(spec, packages, cluster, .wait = 10)}{Starts a runner, on this machine, for what is missing and for
-#'       what has failed, also if the run is done. Failed elements of a run with `.retry_errors = FALSE` keep their errors.
-#'       Does nothing if the run is being computed or has nothing left to compute. The arguments are those of
+#'       what has failed, also if the run is done. Failed elements of a run with `.retry_errors = FALSE` keep their
+#'       errors. Does nothing if the run is being computed or has nothing left to compute. The arguments are those of
 #'       [startRun()]; they replace the former ones from now on. Workers that wait for the next runner (`linger`) are
-#'       used, with `packages` attached; another `spec` or `cluster` ends them. Returns whether a runner was started, invisibly.}
+#'       used, with `packages` attached; another `spec` or `cluster` ends them. Returns whether a runner was started,
+#'       invisibly.}
 #'     \item{timeline()}{Returns when the workers were busy, as [clusterTimeline()] does, from the first runner on.
 #'       `plot(run)` plots it. A run of [clusterLapply()] has no runner and no timeline, which is an error of class
 #'       `rustcluster_run_incomplete`.}
@@ -383,8 +384,8 @@ runTimeline <- function(dir) {
   if (is.null(timeline)) {
     if (!file.exists(runnerFile(dir, "state.rds"))) {
       abort(
-        "run_incomplete", "the run in ", sQuote(dir), " has no timeline: only runners, which startRun() starts, save one; ",
-        "clusterTimeline() returns that of the cluster of a call of clusterLapply()",
+        "run_incomplete", "the run in ", sQuote(dir), " has no timeline: only runners, which startRun() starts, save ",
+        "one; clusterTimeline() returns that of the cluster of a call of clusterLapply()",
         fields = list(dir = dir, state = runnerState(dir)$state, missing = NA_real_)
       )
     }
@@ -477,8 +478,11 @@ workText <- function(status) {
 
 # Returns what to know and to do about a run that has not ended well.
 endText <- function(run, status, command) {
-  resume <- if (!command) "resume()" else if (status$state == "cancelled") "`resume --cancelled DIR`" else "`resume DIR`"
-  resume <- paste(resume, "continues the run")
+  resume <- if (!command) {
+    "resume() continues the run"
+  } else {
+    paste0("`resume ", if (status$state == "cancelled") "--cancelled ", "DIR` continues the run")
+  }
   log <- function() sub("^\n", "", tailText("end of its log", paste(run$log(10L), collapse = "\n")))
   switch(status$state,
     failed = c(paste("error:", status$message), log(), resume),

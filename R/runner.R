@@ -130,8 +130,8 @@ waitingCluster <- function(id) {
   )
 }
 
-# Ends the cluster of the last runner. What its workers have saved is fetched first, where one of them is idle: others may
-# compute for long. The files of other hosts stay there for a later call.
+# Ends the cluster of the last runner. What its workers have saved is fetched first, where one of them is idle: others
+# may compute for long. The files of other hosts stay there for a later call.
 endWaitingCluster <- function(cl, dir, save_dir) {
   on.exit(parallel::stopCluster(cl))
   idle <- cl[clusterStatus(cl, memory = FALSE)$state == "idle"]

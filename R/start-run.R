@@ -19,9 +19,9 @@
 #' the runner or its machine dies, `resume()` computes what is missing.
 #'
 #' A script with `startRun()` can simply be run again. The call returns at once if the run is being computed or all of
-#' its elements have a value, and continues it otherwise: it computes what is missing and, unless `.retry_errors =
-#' FALSE`, what has failed, also if the run is done. A call with another `X` or `FUN` is an error, unless no element has a
-#' value yet: the run is then begun anew.
+#' its elements have a value, and continues it otherwise: it computes what is missing and, unless `.retry_errors` is
+#' `FALSE`, what has failed, also if the run is done. A call with another `X` or `FUN` is an error, unless no element
+#' has a value yet: the run is then begun anew.
 #'
 #' @param dir (character) The directory of the run. It is created if it is missing, readable by the user alone.
 #' @param X,FUN,... As in [clusterLapply()].
@@ -46,9 +46,10 @@
 #' @section The runner:
 #' The runner starts in the working directory of this session and with its library paths and its options `mc.cores` and
 #' `rustcluster.*`; so do later runners. It has no terminal and ignores SIGHUP. Its output is in the file `log` of the
-#' directory. Environment variables are not saved with the run, because they may be secrets: each runner has those of the
-#' session, shell or cron job that starts it. For workers, `cluster = list(rscript_envs = )` sets variables, which are
-#' saved in a file that the user alone can read. Workers find in their global environment what `export` names, and nothing else of this session.
+#' directory. Environment variables are not saved with the run, because they may be secrets: each runner has those of
+#' the session, shell or cron job that starts it. For workers, `cluster = list(rscript_envs = )` sets variables, which
+#' are saved in a file that the user alone can read. Workers find in their global environment what `export` names, and
+#' nothing else of this session.
 #'
 #' A machine may end the processes of a user when the user logs out (systemd, with `KillUserProcesses=yes`): `loginctl
 #' enable-linger` keeps them. A restart of the machine ends them in any case. A line in the crontab continues the run
@@ -204,7 +205,8 @@ refuseForeign <- function(given, fun) {
 
 refuseCluster <- function(value, argument) {
   if (!inherits(value, "cluster")) return(invisible())
-  badArgument(argument, if (argument == "...") "contains" else "is", " a cluster; startRun() makes its own cluster: use `spec`")
+  verb <- if (argument == "...") "contains" else "is"
+  badArgument(argument, verb, " a cluster; startRun() makes its own cluster: use `spec`")
 }
 
 # Warns of a directory that is removed at the end of this session.
@@ -230,8 +232,8 @@ inGlobal <- function(FUN, names) {
   if (is.null(envir)) character() else names[vapply(names, exists, NA, envir = envir, inherits = FALSE)]
 }
 
-# Warns of variables of the global environment that `FUN`, or a function that is sent with it, uses and that do not exist
-# in the workers. `exported`: the exported variables, by name. `arguments`: those of `FUN`.
+# Warns of variables of the global environment that `FUN`, or a function that is sent with it, uses and that do not
+# exist in the workers. `exported`: the exported variables, by name. `arguments`: those of `FUN`.
 warnNotExported <- function(FUN, exported, arguments) {
   others <- c(exported, arguments)
   labels <- ifelse(nzchar(names2(others)), paste0("`", names2(others), "`"), "a function in `...`")
@@ -250,8 +252,8 @@ warnNotExported <- function(FUN, exported, arguments) {
   ))
 }
 
-# Returns the names of the variables of the global environment, but for those that are exported, that a function uses, or
-# a function that it finds in its own environment, which is sent with it.
+# Returns the names of the variables of the global environment, but for those that are exported, that a function uses,
+# or a function that it finds in its own environment, which is sent with it.
 globalsNeeded <- function(FUN, exported) {
   if (typeof(FUN) != "closure") return(character())
   todo <- list(FUN)

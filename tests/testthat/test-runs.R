@@ -184,7 +184,7 @@ test_that("the workers of a run that is killed wait for its next runner", {
   unlink(c(gate, said))
 })
 
-test_that("workers that wait for the next runner get its packages, and end for another `spec` or when it is cancelled", {
+test_that("workers that wait get packages of the next runner, and end for another `spec` or when it is cancelled", {
   local_cache()
   dir <- local_run_dir()
   gate <- tempfile("gate-")
