@@ -42,6 +42,7 @@
 #' @param .store (character) A directory that keeps the results, or `NULL`, the default. It is created if it does not
 #'   exist. Each result is durable there, with a checksum, before `.onResult` gets it. A later call with the same `X`,
 #'   `FUN`, arguments and `.seed` computes only what is missing: see section Stored results.
+#'   One below [tempdir()] is removed when this session ends.
 #' @param .collect (logical) Whether to return a list of all results. `FALSE`, with `.store` only: return a view, which
 #'   reads results from the directory when they are used (class `rustcluster_results`; see [rustcluster_results]).
 #' @param .reuse (character) Which results in `.store` count. `"all"`, the default: those of a call with the same `X`;
