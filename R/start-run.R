@@ -205,8 +205,9 @@ refuseForeign <- function(given, fun) {
 
 refuseCluster <- function(value, argument) {
   if (!inherits(value, "cluster")) return(invisible())
-  verb <- if (argument == "...") "contains" else "is"
-  badArgument(argument, verb, " a cluster; startRun() makes its own cluster: use `spec`")
+  badArgument(
+    argument, if (argument == "...") "contains" else "is", " a cluster; startRun() makes its own cluster: use `spec`"
+  )
 }
 
 # Warns of a directory that is removed at the end of this session.
