@@ -12,6 +12,10 @@
 #' Each element gets its own copies of `FUN` and `...`; an object that refers to an environment is shared within its
 #' group. Each group contains all of `...`: export large data instead.
 #' There is no progress bar.
+#'
+#' If the session ends and the cluster was made with `linger`, [keptResults()] returns an element for each group that
+#' had begun: its `label` is that of the elements, such as `"elements 5 to 8"`, and its `value` a list with a list for
+#' each element, which contains its `value` or its `error`.
 #' @return An object of class `"RustCalls"`, a list of functions `status()`, `value()` and `cancel()`, like the
 #'   object that [clusterSubmit()] returns. `value()` returns a list with the results, named as `X`. `status()` is
 #'   `"waiting"` until the first group has started. [promises::as.promise()] works on the object, and so do

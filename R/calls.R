@@ -51,7 +51,7 @@ newRecord <- function(cl, fun, args, label, what = "the call", reportsProgress =
   record$what <- what
   record$began <- proc.time()[["elapsed"]]
   # If this session ends before the call, the agent keeps the answer, which repeats the tag: see keptResults().
-  keep <- !is.null(handle$linger) && identical(fun, evaluateCall)
+  keep <- !is.null(handle$linger) && (identical(fun, evaluateCall) || identical(fun, applyGroup))
   data <- list(fun = fun, args = args, return = TRUE, tag = if (keep) label)
   record$message <- list(type = "EXEC", data = data, tag = NULL)
   record$state <- "open"

@@ -102,7 +102,13 @@ conditionClasses <- list(
     ),
     run_damaged = "Saved results are damaged and are computed again. Fields `dir`, `indices`.",
     not_exported = paste(
-      "The function of [startRun()] uses variables of the global environment that are not exported. Field `names`."
+      "The function of [startRun()], or one that is sent with it, uses variables of the global environment that are",
+      "not exported. Field `names`."
+    ),
+    run_temporary = "The directory of [startRun()] will be removed when this session ends. Field `dir`.",
+    run_workers_left = paste(
+      "The workers of a cancelled run, which wait for the next runner, could not be ended. Fields `dir`, `id` (of",
+      "their cluster)."
     ),
     not_saved = paste(
       "A host could not save results (`.save = \"hosts\"`): its workers send them without. Fields `host`, `reason`."

@@ -42,6 +42,7 @@
 #' @param .store (character) A directory that keeps the results, or `NULL`, the default. It is created if it does not
 #'   exist. Each result is durable there, with a checksum, before `.onResult` gets it. A later call with the same `X`,
 #'   `FUN`, arguments and `.seed` computes only what is missing: see section Stored results.
+#'   One below [tempdir()] is removed when this session ends.
 #' @param .collect (logical) Whether to return a list of all results. `FALSE`, with `.store` only: return a view, which
 #'   reads results from the directory when they are used (class `rustcluster_results`; see [rustcluster_results]).
 #' @param .reuse (character) Which results in `.store` count. `"all"`, the default: those of a call with the same `X`;
@@ -276,10 +277,12 @@ raiseElementFailed <- function(first, failed, results) {
 # Returns the error of failed elements. `text`: the error of the first of them. `indices`: their indices.
 elementFailed <- function(text, indices, results, ...) {
   others <- length(indices) - 1L
+  # The text of a worker failure or of a timeout names the element.
+  element <- paste0("element ", indices[[1L]], " ")
   rustclusterCondition(
     "element_failed",
     paste0(
-      "element ", indices[[1L]], " failed: ", text,
+      if (!startsWith(text, element)) paste0(element, "failed: "), text,
       if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)")),
       if (length(results) > length(indices)) whereResults("rustcluster_element_failed")
     ),

@@ -11,16 +11,29 @@
 #'   \item{`wait DIR [SECONDS]`}{Wait until nobody computes the run, at most this long, and print it. The exit status is
 #'     1 unless all elements have a value.}
 #'   \item{`cancel DIR`}{End the runner, on whatever machine it is.}
-#'   \item{`resume [--cancelled] [--failed] DIR`}{Start a runner for what is missing. Does nothing if the run is being
-#'     computed or is done, so that cron can call it at any time. Elements of a done run that have failed are computed
-#'     again only with `--failed`. Continues a cancelled run only with `--cancelled`.}
+#'   \item{`resume [--cancelled] [--failed] DIR`}{Start a runner for what is missing and what has failed (the latter not
+#'     if the run was started with `.retry_errors = FALSE`). Does nothing if the run is being computed or is done, so
+#'     that cron can call it at any time: a run is done if each element has a value or an error. With `--failed`, the
+#'     failed elements of a run that is done are computed again. Continues a cancelled run only with `--cancelled`.}
 #'   \item{`errors DIR`}{Print the errors of failed elements. The exit status is 1 if there are any.}
 #'   \item{`log DIR [LINES]`}{Print the end of the log, by default 20 lines.}
 #' }
 #'
-#' The exit status is 2 after a wrong command, and 1 after any error, whose message is printed on standard error. With
-#' the line `@@reboot Rscript -e 'rustcluster::runs()' resume /data/sweep` in the crontab, a run continues after a
-#' restart of the machine.
+#' The exit status is 2 after a wrong command, and 1 after any error, whose message is printed on standard error.
+#'
+#' @section cron:
+#' With a line like this in the crontab, a run continues after a restart of the machine:
+#'
+#' `@@reboot R_LIBS=/home/me/R/library /usr/bin/Rscript -e 'rustcluster::runs()' resume /data/sweep`
+#'
+#' cron has neither the `PATH` nor the variables of a session, and starts in the home directory: give the path of
+#' Rscript and the absolute path of the run, and in `R_LIBS` the library that contains this package, unless R finds it
+#' without. This prints the line for a run:
+#'
+#' ```
+#' cat("@@reboot R_LIBS=", paste(.libPaths(), collapse = ":"), " ", R.home("bin"),
+#'     "/Rscript -e 'rustcluster::runs()' resume ", run$dir, "\n", sep = "")
+#' ```
 #'
 #' @param args (character) The command and its arguments. Default: those of the command line.
 #' @return The list of runs, invisibly, in an interactive session. Any other session ends.
@@ -64,6 +77,7 @@ runCommand <- function(args) {
     return(2L)
   }
   run <- openRun(args[[2L]])
+  print <- function(x) base::print(x, command = TRUE)
   switch(command,
     status = {
       print(run)
@@ -75,24 +89,14 @@ runCommand <- function(args) {
       exitStatus(run, running = FALSE)
     },
     cancel = {
+      state <- run$status()$state
       ended <- run$cancel()
+      if (state %in% setdiff(finalStates, "interrupted")) cat("nothing to cancel: the run is ", state, "\n", sep = "")
+      if (!ended) cat("the runner was told to end, but has not ended yet\n")
       print(run)
       as.integer(!ended)
     },
-    resume = {
-      status <- run$status()
-      if (status$state == "cancelled" && !cancelled) {
-        cat("the run was cancelled: `resume --cancelled` continues it\n")
-        return(0L)
-      }
-      # Also a run of clusterLapply() is done, or is being computed.
-      if (status$state %in% finalStates && (status$state != "done" || (failed && status$failed))) run$resume()
-      print(run)
-      if (status$state == "done" && status$failed && !failed) {
-        cat("`resume --failed` computes failed elements again\n")
-      }
-      0L
-    },
+    resume = resumeCommand(run, cancelled, failed, print),
     errors = {
       errors <- run$errors()
       if (nrow(errors)) print(errors)
@@ -103,6 +107,34 @@ runCommand <- function(args) {
       0L
     }
   )
+}
+
+# Starts a runner, if there is something to do for it, and says what was done. Returns the exit status.
+resumeCommand <- function(run, cancelled, failed, print) {
+  status <- run$status()
+  if (status$state == "cancelled" && !cancelled) {
+    cat("the run was cancelled: `resume --cancelled DIR` continues it\n")
+    return(0L)
+  }
+  # Also a run of clusterLapply() is done, or is being computed.
+  due <- status$state %in% finalStates && (status$state != "done" || (failed && status$failed))
+  started <- due && run$resume()
+  cat(
+    if (started) "a runner was started" else paste0(
+      "nothing was started: ",
+      if (!status$state %in% finalStates || (due && status$state != "done")) {
+        "the run is being computed"
+      } else if (!status$failed) {
+        "all elements have a value"
+      } else if (failed) {
+        "the run has `.retry_errors = FALSE`, and failed elements keep their errors"
+      } else {
+        "all elements have a value or an error; `resume --failed DIR` computes failed elements again"
+      }
+    ), "\n", sep = ""
+  )
+  print(run)
+  0L
 }
 
 # Returns 0 if all elements have a value, or may still get one. `running`: whether a run that is being computed is well.

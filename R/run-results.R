@@ -7,9 +7,13 @@
 #' then reads the same directory.
 #'
 #' `length()` and `names()` are those of `X`. `view[[i]]` reads a result, by its index or its name. An element that
-#' failed has the value that `.errors = "return"` gives it. `lapply()` and similar functions work on a view; `for`,
-#' `unlist()` and `do.call()` need `as.list()`. `view[i]` and `as.list()` return lists, with `NULL` for
+#' failed has the value that `.errors = "return"` gives it. `view[i]` and `as.list()` return lists, with `NULL` for
 #' elements without a result.
+#'
+#' `lapply()`, `vapply()`, `Map()`, `Filter()`, `Reduce()` and the functions of \pkg{parallel} and of this package work
+#' on a view, and so do `head()`, `tail()`, `rev()`, `unlist()`, `c()`, `lengths()` and `is.na()`: they return what they
+#' return for the list. All but `head()`, `tail()` and `Map()` read all results at once. Functions that need a real
+#' list, such as `for`, `do.call()` and `purrr::map()`, raise an error: use `as.list()`. A view cannot be changed.
 #' @param x A view.
 #' @param i The index of an element, or its name. For `[`: any index of a vector.
 #' @param ... Ignored.
@@ -28,9 +32,16 @@
 #' @seealso [clusterLapply()]
 NULL
 
-resultsView <- function(store) structure(list(store = store), class = "rustcluster_results")
+# Not a list: functions that use the elements of a list without methods would use those of the view.
+resultsView <- function(store) {
+  view <- new.env(parent = emptyenv())
+  view$store <- store
+  class(view) <- "rustcluster_results"
+  view
+}
 
-storeOfView <- function(x) unclass(x)$store
+# Views that earlier versions have saved are lists.
+storeOfView <- function(x) .subset2(x, "store")
 
 #' @export
 length.rustcluster_results <- function(x) as.integer(storeOfView(x)$info$n)
@@ -52,6 +63,41 @@ names.rustcluster_results <- function(x) storeOfView(x)$info$names
 #' @export
 `$.rustcluster_results` <- function(x, name) if (name %in% names(x)) x[[name]]
 
+#' @export
+c.rustcluster_results <- function(...) {
+  parts <- lapply(list(...), function(part) if (inherits(part, "rustcluster_results")) as.list(part) else part)
+  do.call(c, parts, quote = TRUE)
+}
+
+#' @method unlist rustcluster_results
+#' @export
+unlist.rustcluster_results <- function(x, recursive = TRUE, use.names = TRUE) unlist(as.list(x), recursive, use.names)
+
+#' @method lengths rustcluster_results
+#' @export
+lengths.rustcluster_results <- function(x, use.names = TRUE) lengths(as.list(x), use.names)
+
+#' @export
+is.na.rustcluster_results <- function(x) is.na(as.list(x))
+
+#' @export
+anyNA.rustcluster_results <- function(x, recursive = FALSE) anyNA(as.list(x), recursive)
+
+#' @export
+as.vector.rustcluster_results <- function(x, mode = "any") as.vector(as.list(x), mode)
+
+#' @export
+as.character.rustcluster_results <- function(x, ...) as.character(as.list(x))
+
+#' @export
+as.double.rustcluster_results <- function(x, ...) as.double(as.list(x))
+
+#' @export
+as.integer.rustcluster_results <- function(x, ...) as.integer(as.list(x))
+
+#' @export
+as.logical.rustcluster_results <- function(x, ...) as.logical(as.list(x))
+
 # A view can only be read.
 readOnly <- function() {
   abort("bad_argument", "a view of saved results cannot be changed; as.list() returns a list",
@@ -66,6 +112,15 @@ readOnly <- function() {
 
 #' @export
 `$<-.rustcluster_results` <- function(x, name, value) readOnly()
+
+#' @export
+`names<-.rustcluster_results` <- function(x, value) readOnly()
+
+#' @export
+`length<-.rustcluster_results` <- function(x, value) readOnly()
+
+#' @export
+`dim<-.rustcluster_results` <- function(x, value) readOnly()
 
 #' @rdname rustcluster_results
 #' @export

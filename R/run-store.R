@@ -277,8 +277,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
 
 # Returns whether a run has no result, also on no host, and was not made by startRun().
 isWithoutResults <- function(store) {
-  # The probe stays until results on hosts have been fetched.
-  !any(file.exists(file.path(store$dir, c("task.rds", "probe")))) && !any(storeStates(store) == 1L)
+  !file.exists(file.path(store$dir, "task.rds")) && !mayBeOnHosts(store$dir) && !any(storeStates(store) == 1L)
 }
 
 # Sets the indices of the elements to compute.
@@ -381,10 +380,10 @@ pickHashes <- function(hashes, ids) {
 changedParts <- function(before, now) {
   both <- intersect(names(before), names(now))
   changed <- both[before[both] != now[both]]
+  that <- function(parts, verb) if (length(parts)) paste(sub("(, which .* uses)$", "\\1,", parts), verb)
   c(
-    if (length(changed)) paste(changed, "changed"),
-    if (length(gone <- setdiff(names(before), both))) paste(gone, "is missing"),
-    if (length(new <- setdiff(names(now), both))) paste(new, "is new")
+    that(changed, "changed"), that(setdiff(names(before), both), "is missing"),
+    that(setdiff(names(now), both), "is new")
   )
 }
 

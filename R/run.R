@@ -20,12 +20,16 @@
 #'       progress bar. Returns the state, invisibly: `"running"` or `"starting"` after `timeout` seconds.}
 #'     \item{cancel(timeout = 30)}{Ends the runner, on whatever machine it is. Results are kept, and `resume()`
 #'       continues. Waits until the runner has ended, at most `timeout` seconds. Returns whether it has, invisibly. An
-#'       interrupted run becomes a cancelled one.}
-#'     \item{resume(spec, packages, cluster, .wait = 10)}{Starts a runner, on this machine, for what is missing or
-#'       failed. Does nothing if the run is being computed or has nothing left to compute. The arguments are those of
-#'       [startRun()]; they replace the former ones from now on. Returns whether a runner was started, invisibly.}
+#'       interrupted run becomes a cancelled one. Workers that wait for the next runner (`linger`) end, too.}
+#'     \item{resume(spec, packages, cluster, .wait = 10)}{Starts a runner, on this machine, for what is missing and for
+#'       what has failed, also if the run is done. Failed elements of a run with `.retry_errors = FALSE` keep their
+#'       errors. Does nothing if the run is being computed or has nothing left to compute. The arguments are those of
+#'       [startRun()]; they replace the former ones from now on. Workers that wait for the next runner (`linger`) are
+#'       used, with `packages` attached; another `spec` or `cluster` ends them. Returns whether a runner was started,
+#'       invisibly.}
 #'     \item{timeline()}{Returns when the workers were busy, as [clusterTimeline()] does, from the first runner on.
-#'       `plot(run)` plots it.}
+#'       `plot(run)` plots it. A run of [clusterLapply()] has no runner and no timeline, which is an error of class
+#'       `rustcluster_run_incomplete`.}
 #'     \item{log(n = 20)}{Returns the last lines of the log.}
 #'   }
 #'   [promises::as.promise()] works on the object: the promise is fulfilled with the results, or rejected if the run
@@ -57,10 +61,12 @@
 #' missing elements; fields `dir`, `state`, `missing` (their number). `rustcluster_element_failed`: `results()` of a run
 #' with failed elements; fields as in [clusterLapply()]. `rustcluster_run_failed`: the runner of `resume()` could not be
 #' started. `rustcluster_run_locked`: `cancel()` of a run that a call of [clusterLapply()] computes.
-#' `rustcluster_bad_argument`.
+#' `rustcluster_bad_argument`. A warning of class `rustcluster_run_workers_left`: `cancel()` could not end workers that
+#' wait for the next runner; fields `dir`, `id` (of their cluster).
 #' @seealso [startRun()], [listRuns()], [runs()]
 #' @examples
-#' dir <- tempfile("run")
+#' # Not in tempdir(), which is removed when the session ends.
+#' dir <- tempfile("run", dirname(tempdir()))
 #' startRun(dir, 1:10, function(i) if (i == 7) stop("no") else i^2, spec = 2)
 #' run <- openRun(dir)
 #' run$wait()
@@ -274,7 +280,10 @@ runCancel <- function(dir, opened, timeout) {
   timeout <- plain(timeout)
   between(timeout, "timeout", "a number of seconds", 0, 1e6, infinite = TRUE)
   status <- runStatus(dir, opened)
-  if (status$state %in% c("done", "failed", "cancelled")) return(invisible(TRUE))
+  if (status$state %in% c("done", "failed", "cancelled")) {
+    endLingering(dir)
+    return(invisible(TRUE))
+  }
   if (status$state == "running" && !isLocked(dir)) {
     abort(
       "run_locked", "a call of clusterLapply() computes the run", whereText(status), "; interrupt it there",
@@ -287,13 +296,18 @@ runCancel <- function(dir, opened, timeout) {
     if (!asked) {
       abort("run_write_failed", "cannot write ", sQuote(cancel), fields = list(dir = dir))
     }
+    endLingering(dir)
     return(invisible(TRUE))
   }
   began <- proc.time()[["elapsed"]]
   signalled <- FALSE
   repeat {
     state <- runnerState(dir)
-    if (state$state %in% finalStates && !isLocked(dir)) return(invisible(TRUE))
+    if (state$state %in% finalStates && !isLocked(dir)) {
+      # The runner may have been killed.
+      endLingering(dir)
+      return(invisible(TRUE))
+    }
     elapsed <- proc.time()[["elapsed"]] - began
     if (elapsed >= timeout) return(invisible(FALSE))
     # The runner may be in code that looks at no file, or the disk may be full.
@@ -302,6 +316,22 @@ runCancel <- function(dir, opened, timeout) {
     }
     Sys.sleep(0.05)
   }
+}
+
+# Ends the workers that the last runner has left to the next one.
+endLingering <- function(dir) {
+  id <- readState(dir)$cluster
+  if (is.null(id) || is.null(theRecordOf(id))) return(invisible())
+  tryCatch(killCluster(id), error = function(e) {
+    # Somebody has reattached it, or its time is over.
+    if (inherits(e, c("rustcluster_in_use", "rustcluster_no_cluster"))) return(invisible())
+    warning(rustclusterCondition(
+      "run_workers_left", paste0(
+        "the workers of the run in ", sQuote(dir), " wait for the next runner, and could not be ended: ",
+        conditionMessage(e), ownLine(conditionMessage(e)), "killCluster(\"", id, "\") ends them"
+      ), type = "warning", dir = dir, id = id
+    ))
+  })
 }
 
 # Returns whether a runner is a process of this machine. Containers may have the same name and other processes.
@@ -352,6 +382,13 @@ awaitUnlocked <- function(dir) {
 runTimeline <- function(dir) {
   timeline <- readTimeline(dir)
   if (is.null(timeline)) {
+    if (!file.exists(runnerFile(dir, "state.rds"))) {
+      abort(
+        "run_incomplete", "the run in ", sQuote(dir), " has no timeline: only runners, which startRun() starts, save ",
+        "one; clusterTimeline() returns that of the cluster of a call of clusterLapply()",
+        fields = list(dir = dir, state = runnerState(dir)$state, missing = NA_real_)
+      )
+    }
     abort("run_incomplete", "the run in ", sQuote(dir), " has no timeline yet: its runner saves one after some seconds",
           fields = list(dir = dir, state = runnerState(dir)$state, missing = NA_real_))
   }
@@ -389,13 +426,13 @@ print.rustcluster_run <- function(x, ...) {
 }
 
 #' @export
-format.rustcluster_run <- function(x, ...) {
+format.rustcluster_run <- function(x, ..., command = FALSE) {
   if (!isRun(x$dir)) return(paste0("<run ", x$dir, ": not there>"))
   status <- tryCatch(x$status(), rustcluster_error = identity)
   if (inherits(status, "condition")) return(c(paste0("<run ", x$dir, ">"), conditionMessage(status)))
   printable(c(
-    paste0("<run ", x$dir, ": ", status$state, runStateText(status), ">"), elementsText(status), workText(status),
-    endText(x, status)
+    paste0("<run ", x$dir, ": ", status$state, runStateText(status), ">"), elementsText(status, command),
+    workText(status), endText(x, status, command)
   ))
 }
 
@@ -413,12 +450,15 @@ runStateText <- function(status) {
   if (!is.na(status$ended)) paste0(" at ", time(status$ended))
 }
 
-elementsText <- function(status) {
+# `command`: whether the text is for the command line (runs()).
+elementsText <- function(status, command) {
   if (is.na(status$total)) return(NULL)
   paste0(
     formatCount(status$done), " of ", counted(status$total, "element"), " done",
     if (status$total > 0) sprintf(" (%.0f %%)", floor(100 * status$done / status$total)),
-    if (status$failed) paste0(", ", formatCount(status$failed), " failed: see errors()"),
+    if (status$failed) {
+      paste0(", ", formatCount(status$failed), " failed: see ", if (command) "`errors DIR`" else "errors()")
+    },
     if (status$attempt > 1L) paste0("; runner ", status$attempt)
   )
 }
@@ -437,17 +477,22 @@ workText <- function(status) {
 }
 
 # Returns what to know and to do about a run that has not ended well.
-endText <- function(run, status) {
+endText <- function(run, status, command) {
+  resume <- if (!command) {
+    "resume() continues the run"
+  } else {
+    paste0("`resume ", if (status$state == "cancelled") "--cancelled ", "DIR` continues the run")
+  }
   log <- function() sub("^\n", "", tailText("end of its log", paste(run$log(10L), collapse = "\n")))
   switch(status$state,
-    failed = c(paste("error:", status$message), log(), "resume() continues the run"),
-    cancelled = "resume() continues the run",
+    failed = c(paste("error:", status$message), log(), resume),
+    cancelled = resume,
     interrupted = if (status$attempt) c(
       paste0(
         "the runner", runPlace(status), " was killed, or its machine was restarted, after ",
         format(status$updated, "%Y-%m-%d %H:%M:%S")
       ),
-      "resume() continues the run"
+      resume
     ) else "call clusterLapply(.store = ) again, with the same X and FUN, to continue the run"
   )
 }

@@ -46,20 +46,35 @@ computeRun <- function(dir) {
   options(settings$options)
   options(rustcluster.progress = FALSE)
   list2env(task$export, globalenv())
+  startTicking()
+  cl <- waitingCluster(runner$state$cluster)
+  if (!is.null(cl) && isTRUE(runner$state$renews)) {
+    say("`spec` or `cluster` have changed: this cluster ends, and another one is made")
+    endWaitingCluster(cl, dir, task$options$.save_dir)
+    cl <- NULL
+  }
+  # After the workers of the last runner, which may write there.
   if (isTRUE(runner$state$replaces)) {
     removeOldRun(dir)
     updateState(replaces = FALSE)
   }
-  startTicking()
-  cl <- waitingCluster(runner$state$cluster)
-  if (is.null(cl)) cl <- clusterOfRun(settings)
+  waited <- !is.null(cl)
+  if (!waited) {
+    updateState(cluster = NULL, renews = FALSE)
+    cl <- clusterOfRun(settings)
+  }
   on.exit({
     # The tasks of a run that is cancelled are cancelled by this.
     runner$tick <- NULL
     tryCatch(saveTimeline(), error = function(e) say("the timeline could not be saved: ", conditionMessage(e)))
     runner$cluster <- NULL
     parallel::stopCluster(cl)
+    runner$state$cluster <- NULL
   })
+  if (waited && length(settings$packages)) {
+    failed <- unlist(parallel::clusterCall(cl, attachPackages, settings$packages))
+    if (length(failed)) abort("start_failed", failed[[1L]])
+  }
   runner$cluster <- cl
   runner$timeline <- readTimeline(dir)
   say("cluster of ", counted(length(cl), "worker"))
@@ -113,6 +128,17 @@ waitingCluster <- function(id) {
       NULL
     }
   )
+}
+
+# Ends the cluster of the last runner. What its workers have saved is fetched first, where one of them is idle: others
+# may compute for long. The files of other hosts stay there for a later call.
+endWaitingCluster <- function(cl, dir, save_dir) {
+  on.exit(parallel::stopCluster(cl))
+  idle <- cl[clusterStatus(cl, memory = FALSE)$state == "idle"]
+  if (!length(idle) || !hasStore(dir)) return(invisible())
+  tryCatch(collectRun(dir, idle, save_dir), rustcluster_error = function(e) {
+    say("its results could not be fetched: ", conditionMessage(e))
+  })
 }
 
 # Returns whether the directory of the run is still the one whose lock this process has: it may have been removed,

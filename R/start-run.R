@@ -18,8 +18,10 @@
 #' closed, or when RStudio Server suspends the session. Results are in the directory as soon as they are computed. If
 #' the runner or its machine dies, `resume()` computes what is missing.
 #'
-#' A script with `startRun()` can simply be run again. The call returns at once if the run is being computed or is done,
-#' and continues it otherwise. A call with another `X` or `FUN` is an error.
+#' A script with `startRun()` can simply be run again. The call returns at once if the run is being computed or all of
+#' its elements have a value, and continues it otherwise: it computes what is missing and, unless `.retry_errors` is
+#' `FALSE`, what has failed, also if the run is done. A call with another `X` or `FUN` is an error, unless no element
+#' has a value yet: the run is then begun anew.
 #'
 #' @param dir (character) The directory of the run. It is created if it is missing, readable by the user alone.
 #' @param X,FUN,... As in [clusterLapply()].
@@ -29,35 +31,42 @@
 #' @param export (character) Names of variables to export to the workers, as by [parallel::clusterExport()]. They are
 #'   looked up where `startRun()` is called, and saved with the run.
 #' @param cluster (list) Further arguments of [makeRustCluster()], by name, such as `list(threads = 4)`. With
-#'   `list(linger = 3600)`, the workers wait for the next runner if a runner dies: `resume()` reattaches them.
+#'   `list(linger = 3600)`, the workers wait for the next runner if a runner dies: `resume()` reattaches them. If `spec`
+#'   or `cluster` have changed, it ends them instead and makes a cluster as given.
 #' @param .seed,.timeout,.retries,.order,.sync,.save,.save_dir As in [clusterLapply()]. `.seed = TRUE` draws the seed
 #'   now: a resumed run has the same random numbers.
 #' @param .reuse As in [clusterLapply()]: with `"same"`, `X` of a run that continues may have other elements.
-#' @param .retry_errors (logical) Whether elements whose last result is an error are computed again when the run is
-#'   resumed.
+#' @param .retry_errors (logical) Whether elements that have failed are computed again whenever the run continues: by
+#'   `resume()`, or by this call, made again. At the command line, [runs()] continues a run that is done only with
+#'   `resume --failed`. With `FALSE`, failed elements keep their errors.
 #' @param .wait (number) Seconds to wait for the runner to begin to compute, at most. If the runner fails in this time,
 #'   its error is raised here. Later errors are in the status of the run.
 #' @return The run, as [openRun()] returns it.
 #'
 #' @section The runner:
-#' The runner starts in the working directory of this session and with its library paths, its environment variables and
-#' its options `mc.cores` and `rustcluster.*`. It has no terminal and ignores SIGHUP. Its output is in the file `log` of
-#' the directory. Workers find in their global environment what `export` names, and nothing else of this session.
+#' The runner starts in the working directory of this session and with its library paths and its options `mc.cores` and
+#' `rustcluster.*`; so do later runners. It has no terminal and ignores SIGHUP. Its output is in the file `log` of the
+#' directory. Environment variables are not saved with the run, because they may be secrets: each runner has those of
+#' the session, shell or cron job that starts it. For workers, `cluster = list(rscript_envs = )` sets variables, which
+#' are saved in a file that the user alone can read. Workers find in their global environment what `export` names, and
+#' nothing else of this session.
 #'
 #' A machine may end the processes of a user when the user logs out (systemd, with `KillUserProcesses=yes`): `loginctl
-#' enable-linger` keeps them. A restart of the machine ends them in any case. The line
-#' `@@reboot Rscript -e 'rustcluster::runs()' resume DIR` in the crontab continues the run ([runs()]).
+#' enable-linger` keeps them. A restart of the machine ends them in any case. A line in the crontab continues the run
+#' then: see [runs()].
 #'
 #' @section Errors:
-#' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run of which nothing has
-#' been computed is replaced, unless it is being computed. `rustcluster_run_locked`: a run that is being computed cannot
+#' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run without any
+#' value is replaced, unless it is being computed. `rustcluster_run_locked`: a run that is being computed cannot
 #' get other elements (`.reuse = "same"`), or another process uses the directory. `rustcluster_run_failed`: the
 #' runner could not be started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
 #' `rustcluster_bad_argument`. A warning of class `rustcluster_not_exported` names variables of the global environment
-#' that `FUN` uses and that are not in `export` (field `names`).
+#' that `FUN`, or a function in `export` or `...`, uses and that are not in `export` (field `names`). A warning of class
+#' `rustcluster_run_temporary` says that `dir` is below [tempdir()] and will be removed when this session ends.
 #' @seealso [openRun()], [listRuns()], [runs()]
 #' @examples
-#' dir <- tempfile("sweep")
+#' # Not in tempdir(), which is removed when the session ends.
+#' dir <- tempfile("sweep", dirname(tempdir()))
 #' scale <- 10
 #' run <- startRun(dir, 1:20, function(i) scale * sqrt(i), spec = 2, export = "scale")
 #' run$wait()
@@ -68,6 +77,7 @@
 startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NULL, cluster = list(),
                      .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL, .reuse = c("all", "same"),
                      .retry_errors = TRUE, .sync = 0.1, .save = c("head", "hosts"), .save_dir = NULL, .wait = 10) {
+  if (!missing(X)) refuseCluster(X, "X")
   FUN <- theFunction(FUN)
   if (missing(X)) badArgument("X", "is missing")
   refuseUnknown(startRun, "startRun", ...names(), args(FUN))
@@ -103,14 +113,18 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
       # The runner may not have made the store yet.
       return(join())
     }
-    if (computed || (hasStore(dir) && (computing || savesOnHosts(dir)))) {
-      grows <- compareWithRun(dir, X, code, list(...), .seed, .reuse)
+    valuable <- computing || isTRUE(status$done > 0) || mayBeOnHosts(dir)
+    grows <- if (hasStore(dir) && (computed || valuable)) {
+      tryCatch(compareWithRun(dir, X, code, list(...), .seed, .reuse), rustcluster_run_differs = function(e) {
+        if (valuable) stop(e)
+      })
+    } else if (computing) runLocked(dir)
+    # Nothing is lost: begin anew.
+    replaces <- is.null(grows)
+    if (!replaces) {
       if (computing && grows) runLocked(dir)
       if (computing || (status$state == "done" && !grows && !(status$failed && .retry_errors))) return(run)
       .seed <- readRunInfo(dir)$seed
-    } else {
-      if (computing) runLocked(dir)
-      replaces <- TRUE
     }
   }
   makeRunDirectory(dir)
@@ -122,7 +136,8 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
       .reuse = .reuse, .retry_errors = .retry_errors, .sync = .sync, .save = .save, .save_dir = .save_dir
     )
   )
-  warnNotExported(FUN, names(export))
+  warnNotExported(FUN, export, list(...))
+  warnTemporary(dir)
   awaitUnlocked(dir)
   if (!startRunner(dir, settings, length(X), task, replaces)) {
     # Another session was faster.
@@ -167,27 +182,44 @@ compareWith <- function(dir, info, before, X, code, arguments, seed, reuse) {
 
 hasStore <- function(dir) file.exists(file.path(dir, "run.rds"))
 
-# Returns whether hosts may have results of a run that the store does not have yet.
-savesOnHosts <- function(dir) {
-  task <- file.path(dir, "task.rds")
-  !file.exists(task) || identical(readRDS(task)$options$.save, "hosts")
-}
+# Returns whether hosts may have results of a run that the store does not have yet: the probe stays until they have been
+# fetched.
+mayBeOnHosts <- function(dir) file.exists(file.path(dir, "probe"))
 
 # Refuses an argument that `FUN` does not take: it is a typing error, or the cluster that clusterLapply() needs. `fun`:
 # a function with the arguments of `FUN`, or NULL if these are unknown.
 refuseForeign <- function(given, fun) {
   known <- names(formals(fun))
   open <- is.null(fun) || "..." %in% known
-  for (i in which(nzchar(names2(given)))) {
-    name <- names(given)[[i]]
+  for (i in seq_along(given)) {
+    name <- names2(given)[[i]]
     # R takes the beginning of a name for the name.
-    if (any(startsWith(known, name))) next
-    if (inherits(given[[i]], "cluster")) badArgument(name, "is a cluster; startRun() makes its own cluster: use `spec`")
-    if (open) next
+    if (nzchar(name) && any(startsWith(known, name))) next
+    refuseCluster(given[[i]], if (nzchar(name)) name else "...")
+    if (open || !nzchar(name)) next
     hint <- didYouMean(name, setdiff(names(formals(startRun)), "..."))
     if (name == "cl") hint <- "; startRun() makes its own cluster: use `spec`"
     badArgument(name, "is neither an argument of startRun() nor of `FUN`", hint)
   }
+}
+
+refuseCluster <- function(value, argument) {
+  if (!inherits(value, "cluster")) return(invisible())
+  badArgument(
+    argument, if (argument == "...") "contains" else "is", " a cluster; startRun() makes its own cluster: use `spec`"
+  )
+}
+
+# Warns of a directory that is removed at the end of this session.
+warnTemporary <- function(dir) {
+  inside <- startsWith(paste0(dir, "/"), paste0(normalizePath(tempdir()), "/"))
+  if (inside) warning(rustclusterCondition(
+    "run_temporary", paste0(
+      sQuote(dir), " is below tempdir(): this session removes it when it ends, and that ends the run; use a directory ",
+      "that stays"
+    ),
+    type = "warning", dir = dir
+  ))
 }
 
 # Returns those of these names that a function finds in the global environment.
@@ -201,24 +233,59 @@ inGlobal <- function(FUN, names) {
   if (is.null(envir)) character() else names[vapply(names, exists, NA, envir = envir, inherits = FALSE)]
 }
 
-# Warns of variables of the global environment that `FUN` uses and that do not exist in the workers.
-warnNotExported <- function(FUN, exported) {
-  if (typeof(FUN) != "closure") return(invisible())
-  used <- freeNames(call("function", formals(FUN), body(FUN)))
-  globals <- inGlobal(FUN, setdiff(c(used$variables, used$functions), exported))
-  # A function is looked up among functions.
-  function_only <- setdiff(globals, used$variables)
-  globals <- setdiff(globals, function_only[!vapply(function_only, exists, NA, envir = globalenv(), mode = "function",
-                                                    inherits = FALSE)])
-  if (!length(globals)) return(invisible())
-  names <- paste0("`", sort(globals), "`", collapse = ", ")
+# Warns of variables of the global environment that `FUN`, or a function that is sent with it, uses and that do not
+# exist in the workers. `exported`: the exported variables, by name. `arguments`: those of `FUN`.
+warnNotExported <- function(FUN, exported, arguments) {
+  others <- c(exported, arguments)
+  labels <- ifelse(nzchar(names2(others)), paste0("`", names2(others), "`"), "a function in `...`")
+  missing <- lapply(c(list(FUN), others), globalsNeeded, names(exported))
+  used <- lengths(missing) > 0L
+  if (!any(used)) return(invisible())
+  listed <- function(names) paste0("`", sort(names), "`", collapse = ", ")
+  names <- sort(unique(unlist(missing)))
   warning(rustclusterCondition(
     "not_exported", paste0(
-      "`FUN` uses ", names, " of the global environment, which the workers do not have; name ",
-      ngettext(length(globals), "it", "them"), " in `export`"
+      paste(c("`FUN`", labels)[used], "uses", vapply(missing[used], listed, ""), collapse = ", and "),
+      " of the global environment, which the workers do not have; name ", ngettext(length(names), "it", "them"),
+      " in `export`"
     ),
-    type = "warning", names = sort(globals)
+    type = "warning", names = names
   ))
+}
+
+# Returns the names of the variables of the global environment, but for those that are exported, that a function uses,
+# or a function that it finds in its own environment, which is sent with it.
+globalsNeeded <- function(FUN, exported) {
+  if (typeof(FUN) != "closure") return(character())
+  todo <- list(FUN)
+  seen <- list()
+  found <- character()
+  while (length(todo)) {
+    fun <- todo[[1L]]
+    todo <- todo[-1L]
+    if (any(vapply(seen, identical, NA, fun))) next
+    seen <- c(seen, list(fun))
+    used <- freeNames(call("function", formals(fun), body(fun)))
+    globals <- inGlobal(fun, setdiff(c(used$variables, used$functions), exported))
+    # A function is looked up among functions.
+    calls <- setdiff(globals, used$variables)
+    others <- calls[!vapply(calls, exists, NA, envir = globalenv(), mode = "function", inherits = FALSE)]
+    found <- union(found, setdiff(globals, others))
+    todo <- c(todo, Filter(function(value) typeof(value) == "closure", localVariables(fun, unlist(used))))
+  }
+  found
+}
+
+# Returns the values of those of these variables that a function finds below the global environment.
+localVariables <- function(fun, names) {
+  envir <- environment(fun)
+  found <- list()
+  while (!is.null(envir) && !identical(envir, globalenv())) {
+    if (identical(envir, emptyenv()) || isNamespace(envir)) return(list())
+    found <- c(found, variablesIn(envir, intersect(ls(envir, all.names = TRUE), setdiff(names, names(found)))))
+    envir <- parent.env(envir)
+  }
+  found
 }
 
 # Returns the hashes of the parts of a function and of the exported variables. Other global variables do not exist in
@@ -281,16 +348,15 @@ runnerSettings <- function(spec, packages, cluster) {
 
 names2 <- function(x) if (is.null(names(x))) rep("", length(x)) else names(x)
 
-# Removes what is left of a run of which nothing has been computed. Only the runner that takes its place calls this: it
+# Removes what is left of a run without any value. Only the runner that takes its place calls this: it
 # has the lock. The locks stay.
 removeOldRun <- function(dir) {
   if (hasStore(dir)) {
     # The lock of the store keeps calls of clusterLapply() away.
     store <- openStore(dir, write = TRUE)
     on.exit(closeStore(store))
-    counts <- storeCounts(store)
     # Another runner has computed something in the meantime: clusterLapply() says what differs.
-    if (counts[["done"]] + counts[["failed"]] > 0) return(invisible())
+    if (storeCounts(store)[["done"]] > 0) return(invisible())
   }
   # In this order: no description of a run is without its elements.
   for (name in c("results", "run.rds", "elements.rds", "damaged", "probe", "session")) {
@@ -383,19 +449,30 @@ saveNew <- function(value, dir, to) {
   abort("run_write_failed", "cannot write ", sQuote(to), ": ", problem, fields = list(dir = dir))
 }
 
+# Returns whether a runner with these settings makes the same cluster as the last one, but for its packages.
+startsAlike <- function(dir, settings) {
+  parts <- c("spec", "cluster")
+  tryCatch(
+    identical(hashOf(readRDS(runnerFile(dir, "settings.rds"))[parts]), hashOf(settings[parts])),
+    error = function(e) FALSE, warning = function(w) FALSE
+  )
+}
+
 # Starts a runner. Returns FALSE if there is one already. `n`: the number of elements. `task`: that of a new run.
-# `replaces`: whether it takes the place of a run of which nothing has been computed.
+# `replaces`: whether it takes the place of a run without any value.
 startRunner <- function(dir, settings, n, task = NULL, replaces = FALSE) {
   directory <- settings$directory
   if (!dir.exists(directory)) directory <- dir
   before <- readState(dir)
   replaces <- replaces || isTRUE(before$replaces)
+  waiting <- before$cluster
+  renews <- !is.null(waiting) && (replaces || isTRUE(before$renews) || !startsAlike(dir, settings))
   if (replaces) before <- NULL
   state <- list(
     id = randomText(8L), replaces = replaces, state = "starting", pid = NA_integer_, host = thisHost(),
     started = Sys.time(), updated = Sys.time(), ended = NULL,
     n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
-    attempt = if (is.null(before)) 1L else before$attempt + 1L, cluster = before$cluster
+    attempt = if (is.null(before)) 1L else before$attempt + 1L, cluster = waiting, renews = renews
   )
   # The state comes last: whoever sees that a runner starts sees its task.
   values <- list(settings, task, state)

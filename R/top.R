@@ -6,6 +6,9 @@
 #' remaining time, workers, hosts, memory, data sent, and the last failures. In a terminal, the text is refreshed until
 #' a key is pressed. Elsewhere it is printed once.
 #'
+#' The failures are those of workers and hosts, tasks that exceeded their time limit, and errors of elements of calls
+#' that wait for their results. The error of a call of [clusterSubmit()] or [clusterLapplyAsync()] is in its object.
+#'
 #' This function occupies the session: use it while calls of [clusterSubmit()] or [clusterLapplyAsync()] run, and
 #' [clusterDashboard()] to watch `parLapply()` and other functions that wait for their results.
 #'
@@ -89,6 +92,8 @@ topStatus <- function(figures) {
   job <- figures$job
   warn <- c(
     if (!is.null(job) && job$failed > 0) paste(counted(job$failed, job$noun), "of this call failed"),
+    # A worker failure that is not retried is an error of the whole call.
+    if (!is.null(job) && job$ended && job$done < job$tasks) "this call ended early",
     if (count("rs")) paste(counted(count("rs"), "worker"), "starting or being restored"),
     if (any(hosts$state == "waiting")) paste(counted(sum(hosts$state == "waiting"), "host"), "not joined yet"),
     if (any(hosts$state == "draining")) paste(counted(sum(hosts$state == "draining"), "host"), "draining")

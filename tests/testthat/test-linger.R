@@ -134,7 +134,7 @@ test_that("tasks that had begun are ended, and the next head waits for them", {
 
 test_that("the results of calls that nobody waited for are kept", {
   first <- start_child({
-    cl <- makeRustCluster(4, linger = 60, setup_log_limit = 2^20)
+    cl <- makeRustCluster(5, linger = 60, setup_log_limit = 2^20)
     say("workers", paste(clusterPids(cl), collapse = " "))
     say("agents", paste(agentPids(cl), collapse = " "))
     say("id", clusterId(cl))
@@ -142,7 +142,8 @@ test_that("the results of calls that nobody waited for are kept", {
       clusterSubmit(cl, { Sys.sleep(1.5); seq_len(1e6) + 0 }),
       clusterSubmit(cl, { Sys.sleep(0.9); "short" }),
       clusterSubmit(cl, { Sys.sleep(1.2); stop("failed there") }),
-      clusterSubmit(cl, { Sys.sleep(6); "late" })
+      clusterSubmit(cl, { Sys.sleep(6); "late" }),
+      clusterLapplyAsync(cl, 7, function(i) { Sys.sleep(0.6); i })
     )
     while (!all(vapply(calls, function(call) call$status(), "") == "running")) Sys.sleep(0.02)
     tools::pskill(Sys.getpid(), tools::SIGKILL)
@@ -154,14 +155,16 @@ test_that("the results of calls that nobody waited for are kept", {
   expect_true(wait_until(function() any(startsWith(list.files(directory), "answer-")), 20))
   cl <- reattachCluster(child_said(first, "id"))
   kept <- keptResults(cl)
-  expect_length(kept, 3L)
+  expect_length(kept, 4L)
+  expect_identical(kept[[1L]][c("label", "value")], list(label = "element 1", value = list(list(value = 7))))
+  kept <- kept[-1L]
   expect_identical(kept[[1L]]$value, "short")
   expect_match(kept[[1L]]$label, "Sys.sleep(0.9)", fixed = TRUE)
   expect_identical(conditionMessage(kept[[2L]]$error), "failed there")
   expect_identical(kept[[3L]]$value, seq_len(1e6) + 0)
   expect_s3_class(kept[[3L]]$ended, "POSIXct")
   # A later call gets what ends later, and each result once.
-  expect_identical(suppressWarnings(clusterCall(cl, function() 1)), rep(list(1), 4))
+  expect_identical(suppressWarnings(clusterCall(cl, function() 1)), rep(list(1), 5))
   late <- keptResults(cl)
   expect_identical(lapply(late, `[[`, "value"), list("late"))
   expect_identical(keptResults(cl), list())

@@ -6,9 +6,9 @@ skip_unless_proc()
 lists <- tempfile("lists-")
 Sys.setenv(R_USER_DATA_DIR = lists)
 
-# Returns the directory of a run. When the test ends, its runner is killed, if it is still there.
+# Returns the directory of a run, not below tempdir(). When the test ends, its runner is killed, if it is still there.
 local_run_dir <- function(.frame = parent.frame()) {
-  dir <- tempfile("run-")
+  dir <- tempfile("run-", dirname(tempdir()))
   do.call("on.exit", list(bquote(.(end_run)(.(dir))), add = TRUE, after = FALSE), envir = .frame)
   dir
 }
@@ -148,15 +148,21 @@ test_that("a killed runner is seen at once, leaves nothing, and the run resumes 
   }
 })
 
-test_that("the workers of a run that is killed wait for its next runner", {
+# Keeps the records of clusters in a directory of the test's own.
+local_cache <- function(.frame = parent.frame()) {
   cache <- tempfile("cache-")
   dir.create(cache)
   before <- Sys.getenv("R_USER_CACHE_DIR", NA)
   Sys.setenv(R_USER_CACHE_DIR = cache)
-  on.exit({
+  restore <- function() {
     if (is.na(before)) Sys.unsetenv("R_USER_CACHE_DIR") else Sys.setenv(R_USER_CACHE_DIR = before)
     unlink(cache, recursive = TRUE)
-  }, add = TRUE, after = FALSE)
+  }
+  do.call("on.exit", list(bquote(.(restore)()), add = TRUE, after = FALSE), envir = .frame)
+}
+
+test_that("the workers of a run that is killed wait for its next runner", {
+  local_cache()
   dir <- local_run_dir()
   gate <- tempfile("gate-")
   said <- tempfile("said-")
@@ -176,6 +182,41 @@ test_that("the workers of a run that is killed wait for its next runner", {
   expect_match(paste(readLines(file.path(dir, "log")), collapse = "\n"), "reattached the cluster")
   expect_gone(pids, within = 5)
   unlink(c(gate, said))
+})
+
+test_that("workers that wait get packages of the next runner, and end for another `spec` or when it is cancelled", {
+  local_cache()
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  fun <- function(i) {
+    if (i > 1) while (!file.exists(paste0(gate, i))) Sys.sleep(0.02)
+    c("package:tools" %in% search(), as.integer(Sys.getenv("RUN_MARK", 0)))
+  }
+  interrupt <- function(done) {
+    expect_true(wait_until(function() run$status()$done == done))
+    tools::pskill(run$status()$pid, tools::SIGKILL)
+    expect_state(run, "interrupted")
+    listClusters()
+  }
+  run <- startRun(dir, 1:6, fun, spec = 1, .timeout = 1e5, cluster = list(linger = 60))
+  pids <- processes_of(run)
+  first <- interrupt(1)
+  file.create(paste0(gate, 2:3))
+  expect_true(run$resume(packages = "tools", .wait = 30))
+  second <- interrupt(3)
+  expect_identical(second$id, first$id)
+  expect_true(run$resume(spec = 2, cluster = list(linger = 60, rscript_envs = c(RUN_MARK = "7")), .wait = 30))
+  expect_gone(pids, within = 5)
+  file.create(paste0(gate, 4))
+  pids <- processes_of(run)
+  third <- interrupt(4)
+  expect_false(third$id == first$id)
+  expect_identical(third$workers, 2L)
+  expect_true(run$cancel())
+  expect_gone(pids, within = 5)
+  expect_identical(nrow(listClusters()), 0L)
+  expect_identical(run$results(partial = TRUE)[c(1, 3, 4)], list(c(0L, 0L), c(1L, 0L), c(1L, 7L)))
+  unlink(paste0(gate, 2:4))
 })
 
 test_that("everything is killed, and another session resumes", {
@@ -349,6 +390,9 @@ test_that("failed elements are listed, and computed again when the run resumes",
   expect_identical(failed$indices, c(2L, 4L))
   expect_match(conditionMessage(failed), "element 2 failed: no two")
   expect_s3_class(run$results(partial = TRUE)[["d"]], "try-error")
+  # The text of a worker failure names the element.
+  worker_failed <- rustcluster:::elementFailed("element 2 failed: the worker died", 2L, list(NULL))
+  expect_identical(conditionMessage(worker_failed), "element 2 failed: the worker died")
   file.create(marker)
   expect_true(run$resume())
   run$wait(60)
@@ -386,6 +430,8 @@ test_that("errors at the start are raised, and the directory can be used again",
   expect_error(startRun(other, 1:3, sqrt, cl = 2), "use `spec`", class = "rustcluster_bad_argument")
   cl <- local_cluster(1)
   expect_error(startRun(other, 1:3, function(i, ...) i, cl = cl), "use `spec`", class = "rustcluster_bad_argument")
+  expect_error(startRun(other, cl, 1:3, sqrt), "`X` is a cluster.*use `spec`", class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt, cl), "contains a cluster.*use `spec`", class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, specs = 2), "did you mean `spec`", class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, cluster = list(thread = 2)), "threads", class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, cluster = list(spec = 2)), class = "rustcluster_bad_argument")
@@ -477,6 +523,16 @@ test_that("a run of which nothing was computed is replaced under its lock", {
   expect_true(rustcluster:::startRunner(dir, readRDS(file.path(dir, "runner", "settings.rds")), 4, replaces = TRUE))
   expect_identical(run$wait(60), "done")
   expect_identical(as.list(run$results()), lapply(1:4, abs))
+  # Errors alone are not worth keeping for another call.
+  failing <- local_run_dir()
+  cl <- local_cluster(1)
+  clusterLapply(cl, 1:2, function(i) stop("no"), .store = failing, .errors = "return")
+  for (fun in list(function(i) stop("no again"), function(i) i)) {
+    run <- startRun(failing, 1:2, fun, spec = 1)
+    expect_identical(run$wait(60), "done")
+  }
+  expect_identical(as.list(run$results()), list(1L, 2L))
+  expect_error(startRun(failing, 1:2, sqrt), class = "rustcluster_run_differs")
 })
 
 test_that("a start that is too late does not lose that a run is to be cancelled", {
@@ -526,6 +582,41 @@ test_that("a variable of a closure counts, even if there is a global one of this
   expect_no_warning(startRun(other, 1, fun, spec = 1, export = "factor_of_run"))
 })
 
+test_that("functions that are sent with `FUN` are searched for variables that are not exported", {
+  needs <- function(code) {
+    fun <- eval(code)
+    environment(fun) <- globalenv()
+    fun
+  }
+  assign("run_helper", needs(quote(function(i) run_inner(i) + run_offset)), globalenv())
+  assign("run_inner", needs(quote(function(i) i * run_factor)), globalenv())
+  assign("run_offset", 1, globalenv())
+  on.exit(rm("run_helper", "run_inner", "run_offset", envir = globalenv()), add = TRUE, after = FALSE)
+  warned <- function(FUN, exported, arguments = list()) {
+    exported <- mget(as.character(exported), globalenv())
+    caught <- tryCatch(rustcluster:::warnNotExported(FUN, exported, arguments), warning = identity)
+    if (is.null(caught)) "" else conditionMessage(caught)
+  }
+  fun <- needs(quote(function(i) run_helper(i)))
+  expect_match(warned(fun, "run_helper"), "^`run_helper` uses `run_inner`, `run_offset` of the global environment")
+  expect_match(warned(fun, "run_inner"), "^`FUN` uses `run_helper` of")
+  expect_identical(warned(fun, c("run_helper", "run_inner", "run_offset")), "")
+  expect_match(warned(sqrt, NULL, list(g = fun)), "^`g` uses `run_helper`")
+  # A helper in the environment of `FUN` is sent, but not what it finds in the global environment.
+  global <- new.env(parent = globalenv())
+  assign("helper", needs(quote(function(i) run_offset + i)), global)
+  made <- eval(quote(function(i) helper(i)), global)
+  expect_match(warned(made, NULL), "^`FUN` uses `run_offset` of")
+})
+
+test_that("a directory below tempdir() is warned of", {
+  dir <- tempfile("run-")
+  expect_warning(run <- startRun(dir, 1, sqrt, spec = 1), "tempdir", class = "rustcluster_run_temporary")
+  run$wait(60)
+  expect_no_warning(startRun(dir, 1, sqrt, spec = 1))
+  unlink(dir, recursive = TRUE)
+})
+
 test_that("a run that is done gets more elements at once", {
   dir <- local_run_dir()
   for (n in 1:4) {
@@ -558,7 +649,7 @@ test_that("elements that failed before do not count for the rate", {
 })
 
 test_that("errors and runs are printed in a line each", {
-  dir <- file.path(tempfile("long-"), strrep("directory", 10))
+  dir <- file.path(tempfile("long-", dirname(tempdir())), strrep("directory", 10))
   dir.create(dirname(dir))
   on.exit(unlink(dirname(dir), recursive = TRUE), add = TRUE, after = FALSE)
   run <- startRun(dir, 1:2, function(i) stop(strrep("long ", 50), "\nsecond line"), spec = 1)
@@ -615,20 +706,20 @@ test_that("runs at the command line", {
   pids <- processes_of(run)
   expect_command(character(), 0, basename(dir))
   expect_command(c("status", dir), 0, "running on")
-  expect_command(c("resume", dir), 0, "running on")
+  expect_command(c("resume", dir), 0, "nothing was started: the run is being computed.*running on")
   expect_identical(run$status()$attempt, 1L)
   expect_command(c("wait", dir, "0.1"), 1, "running on")
-  expect_command(c("cancel", dir), 0, "cancelled")
+  expect_command(c("cancel", dir), 0, "cancelled.*`resume --cancelled DIR` continues the run")
   expect_gone(pids)
   expect_command(c("status", dir), 1, "cancelled")
   # As at a restart of the machine, by cron.
   expect_command(c("resume", dir), 0, "was cancelled")
   expect_identical(run$status()$state, "cancelled")
-  expect_command(c("resume", "--cancelled", dir), 0, "running on")
+  expect_command(c("resume", "--cancelled", dir), 0, "a runner was started.*running on")
   pids <- processes_of(run)
   tools::pskill(pids[[1L]], tools::SIGKILL)
   expect_gone(pids)
-  expect_command(c("status", dir), 1, "interrupted")
+  expect_command(c("status", dir), 1, "interrupted.*`resume DIR` continues")
   file.create(gate)
   expect_command(c("resume", dir), 0, "run")
   expect_command(c("wait", dir), 0, "4 of 4 elements done")
@@ -643,7 +734,7 @@ test_that("runs at the command line", {
 
   failing <- local_run_dir()
   startRun(failing, 1:2, function(i) if (i == 2) stop("no two") else i, spec = 1)
-  expect_command(c("wait", failing), 1, "1 failed")
+  expect_command(c("wait", failing), 1, "1 failed: see `errors DIR`")
   expect_command(c("errors", failing), 1, "no two")
   # What fails again and again is not computed again by cron.
   expect_command(c("resume", failing), 0, "resume --failed")
@@ -695,6 +786,7 @@ test_that("a run of clusterLapply() can be opened", {
   expect_state(run, "interrupted")
   expect_gone(pids)
   expect_error(run$resume(), "clusterLapply", class = "rustcluster_run_failed")
+  expect_error(run$timeline(), "only runners", class = "rustcluster_run_incomplete")
   expect_identical(run$results(partial = TRUE)[[2L]], 4)
   # startRun() continues it.
   file.create(gate)

@@ -66,7 +66,7 @@ test_that("a loop that is run again computes what is missing, and combines all",
   expect_identical(noted(notes), numeric())
   scale <- 3
   error <- tryCatch(loop(), rustcluster_run_differs = identity)
-  expect_identical(error$differs, "`scale`, which the loop uses changed")
+  expect_identical(error$differs, "`scale`, which the loop uses, changed")
   scale <- 2
   expect_identical(loop("stop"), expected)
   expect_error(loop(options = list(stor = dir)), "stor.*store", class = "rustcluster_bad_argument")
@@ -88,10 +88,10 @@ test_that("the expression, exports and functions of a loop are compared", {
   differs <- function(expr) tryCatch(expr, rustcluster_run_differs = function(e) e$differs)
   expect_identical(differs(run(4)), "`X` had 3 elements and has 4")
   helper <- function(x) x + 2
-  expect_identical(differs(run()), "`helper`, which the loop uses changed")
+  expect_identical(differs(run()), "`helper`, which the loop uses, changed")
   expect_identical(
     differs(foreach(i = 1:3, .options.rustcluster = list(store = dir)) %dopar% (i + 1)),
-    c("the body of the loop changed", "`helper`, which the loop uses is missing")
+    c("the body of the loop changed", "`helper`, which the loop uses, is missing")
   )
   dir <- local_run()
   grow <- function(x) foreach(x = x, .combine = c, .options.rustcluster = list(store = dir, reuse = "same")) %dopar% x^2

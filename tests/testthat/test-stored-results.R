@@ -393,13 +393,13 @@ test_that("what differs is named, and nothing is changed by that", {
   expect_identical(differs(c(1L, 2L, 9L, 8L, 5L), f, by = 3, .store = dir), "elements 3 to 4 of `X` changed")
   expect_identical(differs(as.double(1:5), f, by = 3, .store = dir), "elements 1 to 5 of `X` changed")
   scale <- 3
-  expect_identical(differs(1:5, f, by = 3, .store = dir), "`scale`, which `FUN` uses changed")
+  expect_identical(differs(1:5, f, by = 3, .store = dir), "`scale`, which `FUN` uses, changed")
   scale <- 2
   offset <- 2
-  expect_identical(differs(1:5, f, by = 3, .store = dir), "`helper`, which `FUN` uses changed")
+  expect_identical(differs(1:5, f, by = 3, .store = dir), "`helper`, which `FUN` uses, changed")
   offset <- 1
   helper <- function(x) x + offset + 0
-  expect_identical(differs(1:5, f, by = 3, .store = dir), "`helper`, which `FUN` uses changed")
+  expect_identical(differs(1:5, f, by = 3, .store = dir), "`helper`, which `FUN` uses, changed")
   helper <- function(x) x + offset
   f <- function(x, by = 1) helper(x) * by * scale + 0
   expect_identical(differs(1:5, f, by = 3, .store = dir), "the body of `FUN` changed")
@@ -413,14 +413,14 @@ test_that("what differs is named, and nothing is changed by that", {
   clusterLapply(cl, 1:3, g, .store = dir)
   expect_null(differs(1:3, g, .store = dir))
   assign("stored_global", 6, globalenv())
-  expect_identical(differs(1:3, g, .store = dir), "`stored_global`, which `FUN` uses changed")
+  expect_identical(differs(1:3, g, .store = dir), "`stored_global`, which `FUN` uses, changed")
   # Names that the code does not show.
   dir <- local_run()
   hidden <- 1
   h <- function(x) get(paste0("hid", "den")) + x
   clusterLapply(cl, 1:3, h, .store = dir)
   hidden <- 2
-  expect_identical(differs(1:3, h, .store = dir), "`hidden`, which `FUN` uses changed")
+  expect_identical(differs(1:3, h, .store = dir), "`hidden`, which `FUN` uses, changed")
 })
 
 test_that("state in environments counts, also of objects like those of R6", {
@@ -439,10 +439,10 @@ test_that("state in environments counts, also of objects like those of R6", {
   counter <- new_counter(1)
   expect_identical(clusterLapply(cl, 1:3, f, .store = dir), expected)
   counter$n <- 2
-  expect_identical(differs(1:3, f, .store = dir), "`counter`, which `FUN` uses changed")
+  expect_identical(differs(1:3, f, .store = dir), "`counter`, which `FUN` uses, changed")
   counter$n <- 1
   class(counter) <- "Other"
-  expect_identical(differs(1:3, f, .store = dir), "`counter`, which `FUN` uses changed")
+  expect_identical(differs(1:3, f, .store = dir), "`counter`, which `FUN` uses, changed")
   skip_if_not_installed("R6")
   class <- R6::R6Class("Adder", public = list(k = 1, initialize = function(k) self$k <- k, add = function(x) self$k + x))
   dir <- local_run()
@@ -452,7 +452,7 @@ test_that("state in environments counts, also of objects like those of R6", {
   adder <- class$new(4)
   expect_identical(clusterLapply(cl, 1:3, f, .store = dir), expected)
   adder$k <- 5
-  expect_identical(differs(1:3, f, .store = dir), "`adder`, which `FUN` uses changed")
+  expect_identical(differs(1:3, f, .store = dir), "`adder`, which `FUN` uses, changed")
   # S4 slots.
   methods::setClass("StoredSlot", representation(x = "numeric"), where = globalenv())
   on.exit(methods::removeClass("StoredSlot", where = globalenv()), add = TRUE, after = FALSE)
@@ -461,7 +461,7 @@ test_that("state in environments counts, also of objects like those of R6", {
   f <- function(x) attr(point, "x") + x
   expected <- clusterLapply(cl, 1:3, f, .store = dir)
   point@x <- 2
-  expect_identical(differs(1:3, f, .store = dir), "`point`, which `FUN` uses changed")
+  expect_identical(differs(1:3, f, .store = dir), "`point`, which `FUN` uses, changed")
   # Elements with functions and environments.
   dir <- local_run()
   elements <- list(function(x) x, new_counter(1), quote(a + b))
@@ -483,7 +483,7 @@ test_that("functions that call each other, and themselves, are compared", {
   expect_identical(expected, as.list(0:5 %% 2 == 0))
   expect_null(differs(0:5, even, .store = dir))
   odd <- function(n) if (n == 0) NA else even(n - 1)
-  expect_identical(differs(0:5, even, .store = dir), "`odd`, which `FUN` uses changed")
+  expect_identical(differs(0:5, even, .store = dir), "`odd`, which `FUN` uses, changed")
   dir <- local_run()
   factorial <- function(n) if (n < 2) 1 else n * factorial(n - 1)
   clusterLapply(cl, 1:5, factorial, .store = dir)
@@ -873,6 +873,28 @@ test_that("a view tells what is missing", {
     expect_identical(error$index, i)
   }
   expect_output(print(view), "errors: 1")
+})
+
+test_that("functions for lists work on a view, or raise an error", {
+  cl <- local_cluster(1)
+  dir <- tempfile("run-")
+  on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
+  view <- clusterLapply(cl, c(a = 1, b = NA, c = 9), identity, .store = dir, .collect = FALSE)
+  list <- as.list(view)
+  functions <- list(
+    unlist, c, is.na, anyNA, lengths, as.vector, as.numeric, as.integer, as.logical, as.character, rev, names, length,
+    seq_along, function(x) head(x, 2), function(x) tail(x, 2), function(x) c(x, list(5)), function(x) lapply(x, identity),
+    function(x) vapply(x, identity, 0), function(x) Map(`+`, x, 1), function(x) Filter(is.na, x),
+    function(x) Reduce(`+`, x), function(x) unlist(x, use.names = FALSE)
+  )
+  for (fun in functions) expect_identical(fun(view), fun(list))
+  expect_identical(clusterLapply(cl, view, identity), list)
+  expect_error(names(view) <- 1:3, "as.list", class = "rustcluster_bad_argument")
+  expect_error(length(view) <- 1L, "as.list", class = "rustcluster_bad_argument")
+  expect_error(for (x in view) NULL, "invalid")
+  expect_error(do.call(sum, view), "must be a list")
+  # Those that earlier versions have saved are lists.
+  expect_identical(unlist(structure(list(store = get("store", view)), class = class(view))), unlist(list))
 })
 
 test_that("large results are stored, as they are", {
