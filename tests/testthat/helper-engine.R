@@ -30,9 +30,11 @@ real_engines <- list(
   ),
   pbs = list(
     needs = c("qsub", "qstat", "qdel", "pbsnodes"), probe = list("pbsnodes", "-a"), cancel = "qdel",
-    # The elements of arrays, too, without the time that a job has used.
+    # OpenPBS lists the elements of arrays only by -t, which Slurm's commands do not know. Without the time that a job
+    # has used.
     jobs = function() {
-      lines <- grep(" [CEFX] ", engine_lines("qstat", "-t"), value = TRUE, invert = TRUE)
+      all <- unique(c(engine_lines("qstat"), engine_lines("qstat", "-t")))
+      lines <- grep(" [CEFX] ", all, value = TRUE, invert = TRUE)
       sub(" [0-9:]+ +([A-Z]) ", " \\1 ", lines)
     }
   )
