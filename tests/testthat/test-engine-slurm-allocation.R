@@ -79,7 +79,8 @@ test_that("the agents of a session that is killed end while the job goes on", {
 test_that("the agents that ssh has started in a job wait for another session of the job", {
   skip_without_slurm()
   skip_without_sshd()
-  skip_if_not(length(unique(system2("sinfo", c("-h", "-N", "-o", "%o"), stdout = TRUE))) == 1L, "the nodes are several machines")
+  machines <- unique(system2("sinfo", c("-h", "-N", "-o", "%o"), stdout = TRUE))
+  skip_if_not(length(machines) == 1L, "the nodes are several machines")
   ssh <- local_sshd()
   # The last line of the section of all hosts.
   cat(" HostName 127.0.0.1\n", file = file.path(ssh$dir, "ssh_config"), append = TRUE)
