@@ -601,7 +601,7 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
       dialAddresses(fields$dial$launchers[[number]], jobs$logins[[number]])
     })
   }
-  awaitAgents(pointer, record, dials & used)
+  awaitAgents(pointer, record, dials & used, end)
   hosts <- checked(hub_hosts(pointer))
   there <- is.na(hosts$reason) & !is.na(hosts$r_version)
   if (any(hosts$in_use %in% 1)) inUse(record)
@@ -684,14 +684,14 @@ inUse <- function(record) {
 }
 
 # Waits until the agents have greeted, or will not: those of `dials`, which dial this session again and again, have less
-# time.
-awaitAgents <- function(pointer, record, dials) {
+# time. `end`: whether the cluster is to end. The engine ends the jobs of agents that are not there by then.
+awaitAgents <- function(pointer, record, dials, end) {
   began <- proc.time()[["elapsed"]]
   # Hosts whose nodes have names have had an agent. Others may have, or have waited in the queue.
   named <- vapply(record$handle$agents, function(host) isTRUE(host$named), NA)
   # An agent whose link is dead notices that by the silence of the head.
   known <- max(redialPatience[[1L]], record$handle$settings$heartbeat_timeout + 5)
-  patience <- ifelse(dials, ifelse(named, known, redialPatience[[2L]]), Inf)
+  patience <- ifelse(dials, ifelse(named & !end, known, redialPatience[[2L]]), Inf)
   while (!checked(hub_greeted(pointer))) {
     waited <- proc.time()[["elapsed"]] - began
     if (waited > record$handle$settings$setup) break

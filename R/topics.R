@@ -180,7 +180,9 @@ NULL
 #' * A host whose connection fails while its session goes on is given up by that session, and its job waits for the next
 #'   one: `reattachCluster()` after the end of the session has that host again. The job ends at once if the host misses
 #'   exports or other set-up calls, and `scancel` and the like end it at any time.
-#' * After a restart of the machine of the session no guard is left. Agents still end after `linger` seconds.
+#' * After a restart of the machine of the session, or if the guard is killed with it, nothing cancels the jobs.
+#'   Agents still end after `linger` seconds. A guard that is killed also leaves its directory: `killCluster()` removes
+#'   the directory and cancels jobs in the queue, and `reattachCluster()` starts another guard.
 #'
 #' Adaptive launchers (`max`) cannot wait, since their jobs are submitted while a session runs.
 #'

@@ -1,5 +1,7 @@
 # Tests over real batch engines: the engine that the environment names, with at least three idle nodes of two cores.
 # RUSTCLUSTER_ENGINE_DIR: a directory that the nodes share with this session; default: this session's.
+# RUSTCLUSTER_ENGINE_NODES: the number of nodes, with two cores each, if the engine has no others. Jobs that wait in the
+# queue are tested with that.
 
 engine_user <- function() Sys.info()[["effective_user"]]
 
@@ -28,7 +30,13 @@ real_engines <- list(
   ),
   pbs = list(
     needs = c("qsub", "qstat", "qdel", "pbsnodes"), probe = list("pbsnodes", "-a"), cancel = "qdel",
-    jobs = function() grep(" [CE] ", engine_lines("qstat"), value = TRUE, invert = TRUE)
+    # OpenPBS lists the elements of arrays only by -t, which Slurm's commands do not know. Without the time that a job
+    # has used.
+    jobs = function() {
+      all <- unique(c(engine_lines("qstat"), engine_lines("qstat", "-t")))
+      lines <- grep(" [CEFX] ", all, value = TRUE, invert = TRUE)
+      sub(" [0-9:]+ +([A-Z]) ", " \\1 ", lines)
+    }
   )
 )
 
@@ -64,6 +72,19 @@ local_engine <- function(kind, .frame = parent.frame()) {
         process_environ(pid), process_command(pid)
       ))), NA)
       pids[of_test & alive(pids)]
+    },
+    # The processes of a job, whose id is as in clusterHosts().
+    job_pids = function(job) {
+      id <- regmatches(job, regexec("^([0-9]+)(?:[[_.]([0-9]+))?", job, perl = TRUE))[[1L]]
+      variable <- paste0("RUSTCLUSTER_JOB=", id[[2L]], if (nzchar(id[[3L]])) paste0("[^/]*/", id[[3L]]), "([^0-9]|$)")
+      pids <- all_pids()
+      pids[grepl(variable, vapply(pids, process_environ, "")) & alive(pids)]
+    },
+    # The jobs whose agents run, as the agents know them.
+    agents = function() {
+      environ <- vapply(all_pids(), process_environ, "")
+      mine <- grep(paste0("/", name, "/"), environ, value = TRUE, fixed = TRUE)
+      unique(sub("^.*RUSTCLUSTER_JOB=([^/]*/[0-9]*).*$", "\\1", grep("RUSTCLUSTER_JOB=", mine, value = TRUE)))
     },
     cancel = function(job) system2(real_engines[[kind]]$cancel, shQuote(job), stdout = FALSE, stderr = FALSE)
   )
@@ -104,6 +125,32 @@ slow_square <- function(i, seconds = 0.2) {
   i^2
 }
 environment(slow_square) <- globalenv()
+
+# Returns a session (a child) that is to be killed, with a cluster that lingers, has some state and runs a call.
+lingering_session <- function(launcher, records, linger = 60, wait = "all", .frame = parent.frame()) {
+  child <- start_child({
+    cl <- makeRustCluster(launcher, setup_timeout = 120, linger = linger, wait = wait)
+    clusterSetRNGStream(cl, 42)
+    shift <- 42
+    clusterExport(cl, "shift")
+    up <- clusterAlive(cl)
+    say("workers", paste(clusterPids(up), collapse = " "))
+    say("draws", paste(unlist(clusterCall(up, rnorm, 1)), collapse = " "))
+    repeat {
+      hosts <- clusterHosts(cl)
+      jobs <- hosts$job[hosts$state == "up"]
+      if (!anyNA(jobs)) break
+      Sys.sleep(0.1)
+    }
+    say("jobs", paste(jobs, collapse = " "))
+    call <- clusterSubmit(up, { Sys.sleep(2); "kept" })
+    while (call$status() != "running") Sys.sleep(0.02)
+    say("id", clusterId(cl))
+    Sys.sleep(300)
+  }, env = records$env, values = list(launcher = launcher, linger = linger, wait = wait), .frame = .frame)
+  child_wait_for(child, "id", 150)
+  child
+}
 
 # What all engines must do. `...`: arguments of the launcher.
 test_engine <- function(kind, running, ...) {
@@ -164,5 +211,125 @@ test_engine <- function(kind, running, ...) {
     expect_true(length(engine$jobs()) > 0L)
     child_signal(child, tools::SIGKILL)
     expect_engine_clean(engine)
+  })
+
+  waiting <- function(child) {
+    child_signal(child, tools::SIGKILL)
+    child_wait_end(child)
+    child
+  }
+
+  test_that(paste("jobs of", kind, "wait for the next session"), {
+    engine <- local_engine(kind)
+    records <- local_records()
+    draws <- psock_draws(6, 42, 2)
+    # As an array, and otherwise.
+    forms <- if (kind == "htcondor" || "array" %in% names(args)) list(list()) else list(list(), list(array = FALSE))
+    for (form in forms) {
+      child <- waiting(lingering_session(do.call(launch, c(list(engine), form)), records))
+      jobs <- engine$jobs()
+      cl <- reattachCluster(child_said(child, "id"))
+      on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
+      expect_identical(clusterPids(cl), child_pids(child, "workers"))
+      expect_identical(unlist(clusterCall(cl, function() shift)), rep(42, 6))
+      expect_equal(as.numeric(strsplit(child_said(child, "draws"), " ")[[1L]]), draws[[1L]], tolerance = 1e-5)
+      expect_identical(unlist(parallel::clusterCall(cl, stats::rnorm, 1)), draws[[2L]])
+      expect_identical(vapply(keptResults(cl), function(kept) kept$value, ""), "kept")
+      expect_identical(engine$jobs(), jobs)
+      expect_true(wait_until(function() all(grepl(running, clusterHosts(cl)$job_state))))
+      expect_identical(clusterHosts(cl)$state, rep("up", 3))
+      stopCluster(cl)
+      expect_engine_clean(engine)
+      # Of those that nobody reattaches.
+      child <- waiting(lingering_session(do.call(launch, c(list(engine), form)), records))
+      killCluster(child_said(child, "id"))
+      expect_engine_clean(engine)
+    }
+    expect_no_records(records)
+  })
+
+  test_that(paste("jobs of", kind, "end when no session comes"), {
+    engine <- local_engine(kind)
+    records <- local_records()
+    child <- waiting(lingering_session(launch(engine), records, linger = 10))
+    expect_true(length(engine$jobs()) > 0L)
+    expect_engine_clean(engine, within = 10 + 30)
+    # No session has looked before.
+    expect_true(wait_until(function() nrow(listClusters()) == 0L))
+    expect_no_records(records)
+  })
+
+  test_that(paste("a job of", kind, "that is cancelled while no session is connected ends"), {
+    engine <- local_engine(kind)
+    records <- local_records()
+    child <- waiting(lingering_session(launch(engine), records))
+    jobs <- strsplit(child_said(child, "jobs"), " ")[[1L]]
+    expect_true(all(lengths(lapply(jobs, engine$job_pids)) > 0L))
+    listed <- length(engine$jobs())
+    engine$cancel(jobs[[1L]])
+    expect_true(wait_until(function() {
+      !length(engine$job_pids(jobs[[1L]])) && length(engine$jobs()) == listed - 1L
+    }, 30, 0.2))
+    # The others go on.
+    cl <- suppressWarnings(suppressMessages(reattachCluster(child_said(child, "id"))))
+    on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
+    expect_true(wait_for_states(cl, c("lost", "up", "up")))
+    rest <- clusterAlive(cl)
+    expect_identical(clusterPids(rest), child_pids(child, "workers")[3:6])
+    expect_identical(unlist(clusterCall(rest, function() shift)), rep(42, 4))
+    stopCluster(cl)
+    expect_engine_clean(engine)
+    # All of them.
+    child <- waiting(lingering_session(launch(engine), records))
+    jobs <- strsplit(child_said(child, "jobs"), " ")[[1L]]
+    for (job in jobs) engine$cancel(job)
+    expect_true(wait_until(function() !length(engine$jobs()) && !any(lengths(lapply(jobs, engine$job_pids))), 30, 0.2))
+    suppressWarnings(killCluster(child_said(child, "id")))
+    expect_engine_clean(engine)
+    expect_no_records(records)
+  })
+
+  test_that(paste("jobs of", kind, "in the queue join the session that reattaches their cluster"), {
+    engine <- local_engine(kind)
+    nodes <- as.integer(Sys.getenv("RUSTCLUSTER_ENGINE_NODES", NA))
+    skip_if(is.na(nodes), "set RUSTCLUSTER_ENGINE_NODES")
+    records <- local_records()
+    half <- function(.frame = parent.frame()) {
+      waiting(lingering_session(launch(engine, nodes = 2L * nodes), records, wait = 2L * nodes, .frame = .frame))
+    }
+    states <- function(lost) c(rep("lost", lost), rep("up", nodes), rep("waiting", nodes - lost))
+    child <- half()
+    jobs <- engine$jobs()
+    first <- strsplit(child_said(child, "jobs"), " ")[[1L]]
+    expect_length(first, nodes)
+    cl <- reattachCluster(child_said(child, "id"))
+    on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
+    expect_identical(clusterPids(clusterAlive(cl)), child_pids(child, "workers"))
+    expect_true(wait_for_states(cl, states(0L)))
+    expect_identical(engine$jobs(), jobs)
+    # A job that ends gives its node to one of those that wait.
+    engine$cancel(first[[1L]])
+    expect_true(wait_for_states(cl, states(1L)))
+    expect_identical(unlist(clusterCall(clusterAlive(cl), function() shift)), rep(42, 2L * nodes))
+    stopCluster(cl)
+    expect_engine_clean(engine)
+    # While no session is connected.
+    child <- half()
+    first <- strsplit(child_said(child, "jobs"), " ")[[1L]]
+    known <- engine$agents()
+    expect_length(known, nodes)
+    engine$cancel(first[[1L]])
+    expect_true(wait_until(function() length(setdiff(engine$agents(), known)) == 1L, 60, 0.2))
+    cl <- suppressWarnings(suppressMessages(reattachCluster(child_said(child, "id"))))
+    on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
+    expect_true(wait_for_states(cl, states(1L)))
+    expect_identical(unlist(clusterCall(clusterAlive(cl), function() shift)), rep(42, 2L * nodes))
+    stopCluster(cl)
+    expect_engine_clean(engine)
+    # Of those that nobody reattaches.
+    child <- half()
+    suppressWarnings(killCluster(child_said(child, "id")))
+    expect_engine_clean(engine)
+    expect_no_records(records)
   })
 }

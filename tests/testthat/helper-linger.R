@@ -12,8 +12,19 @@ own_records <- function() {
 
 expect_no_records <- function(records) {
   expect_length(list.files(records$dir, "[.](rds|seen|missed)$", recursive = TRUE), 0L)
+  remove_records(records)
+}
+
+remove_records <- function(records) {
   if (is.na(records$before)) Sys.unsetenv("R_USER_CACHE_DIR") else Sys.setenv(R_USER_CACHE_DIR = records$before)
   unlink(records$dir, recursive = TRUE)
+}
+
+# As own_records(), until the calling frame ends.
+local_records <- function(.frame = parent.frame()) {
+  records <- own_records()
+  do.call("on.exit", list(bquote(.(remove_records)(.(records))), add = TRUE, after = FALSE), envir = .frame)
+  records
 }
 
 # The random numbers that each of `n` PSOCK workers draws, `times` times in a row.

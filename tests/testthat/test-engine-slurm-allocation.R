@@ -75,3 +75,52 @@ test_that("the agents of a session that is killed end while the job goes on", {
   skip_if_not(length(unique(system2("sinfo", c("-h", "-N", "-o", "%o"), stdout = TRUE))) == 1L, "the nodes are several machines")
   expect_identical(in_job(c("-N3", "--ntasks-per-node=1", "-c2"), killed), "6 workers, 0 left")
 })
+
+test_that("the agents that ssh has started in a job wait for another session of the job", {
+  skip_without_slurm()
+  skip_without_sshd()
+  machines <- unique(system2("sinfo", c("-h", "-N", "-o", "%o"), stdout = TRUE))
+  skip_if_not(length(machines) == 1L, "the nodes are several machines")
+  ssh <- local_sshd()
+  # The last line of the section of all hosts.
+  cat(" HostName 127.0.0.1\n", file = file.path(ssh$dir, "ssh_config"), append = TRUE)
+  waiting <- c(
+    paste("rshcmd <-", paste(deparse(ssh$rshcmd), collapse = " ")),
+    "if (!nzchar(Sys.getenv('RC_TEST_INNER'))) {",
+    "  file <- sub('--file=', '', grep('^--file=', commandArgs(), value = TRUE))",
+    "  Sys.setenv(RC_TEST_INNER = tempfile(), R_USER_CACHE_DIR = tempfile())",
+    "  there <- function(pids) {",
+    "    sum(vapply(pids, function(pid) !is.na(rustcluster:::startOfProcess(pid)), NA))",
+    "  }",
+    "  gone <- function(pids) for (i in 1:200) if (there(pids)) Sys.sleep(0.1) else break",
+    "  for (end in c('stop', 'kill', 'wait')) {",
+    "    Sys.setenv(RC_TEST_LINGER = if (end == 'wait') 5 else 60)",
+    "    system2(file.path(R.home('bin'), 'Rscript'), file)",
+    "    child <- readRDS(Sys.getenv('RC_TEST_INNER'))",
+    "    cat(end, there(child$pids), '')",
+    "    if (end == 'stop') {",
+    "      cl <- reattachCluster(child$id)",
+    "      same <- identical(clusterPids(cl), child$pids)",
+    "      cat(same, unique(vapply(cl, `[[`, '', 'host')), unique(unlist(clusterCall(cl, function() shift))), '')",
+    "      parallel::stopCluster(cl)",
+    "    }",
+    "    if (end == 'kill') killCluster(child$id)",
+    "    gone(child$pids)",
+    "    cat(there(child$pids), nrow(listClusters()), '\\n')",
+    "  }",
+    "} else {",
+    "  linger <- as.numeric(Sys.getenv('RC_TEST_LINGER'))",
+    "  cl <- makeRustCluster(allocation(launcher = 'ssh'), rshcmd = rshcmd, linger = linger)",
+    "  shift <- 42",
+    "  clusterExport(cl, 'shift')",
+    "  saveRDS(list(pids = clusterPids(cl), id = clusterId(cl)), Sys.getenv('RC_TEST_INNER'))",
+    "  tools::pskill(Sys.getpid(), tools::SIGKILL)",
+    "}"
+  )
+  out <- in_job(c("-N3", "--ntasks-per-node=1", "-c2"), waiting)
+  expect_length(out, 3L)
+  expect_match(out[[1L]], "^stop 6 TRUE [^ ]+ [^ ]+ [^ ]+ 42 0 0 $")
+  expect_identical(out[[2L]], "kill 6 0 0 ")
+  # The record of agents on other hosts is kept for a while.
+  expect_match(out[[3L]], "^wait 6 0 [01] $")
+})
