@@ -4,8 +4,8 @@
 #
 # n: the number of trivial elements; large: the number of workers that return results of `megabytes` MB; folder: where
 # the runs are written, and where dd writes. Ratios are those of the goals: time with `.store` to time without, bytes of
-# the directory to bytes of the serialized results, and rate of large results, which the workers have computed before, to
-# the rate of `dd conv=fsync`.
+# the directory to bytes of the serialized results, and rate of large results, which the workers have computed before,
+# to the rate of `dd conv=fsync`.
 
 here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
 here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
