@@ -331,11 +331,12 @@ impl Scheduler {
 
     /// Whether any worker is starting, up, or about to be restarted by its agent.
     pub fn any_left(&self) -> bool {
-        let terminated = |worker: &Worker| match &worker.state {
-            WorkerState::Terminated(termination) => !termination.is_tried_again(),
-            _ => false,
-        };
-        !self.workers.iter().all(terminated)
+        self.workers.iter().any(Worker::is_left)
+    }
+
+    /// Whether a worker is starting, up, or about to be restarted by its agent.
+    pub fn is_left(&self, rank: Rank) -> bool {
+        self.workers.get(rank as usize).is_some_and(Worker::is_left)
     }
 
     /// Processes a frame from an agent.
