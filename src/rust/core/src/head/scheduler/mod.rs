@@ -250,6 +250,7 @@ impl Scheduler {
         let task = Task {
             id: order.task,
             job: order.job,
+            again: order.again,
             chunks: VecDeque::new(),
             complete: false,
             setup_call: order.setup_call,
@@ -264,6 +265,7 @@ impl Scheduler {
         let Order {
             task: id,
             job,
+            first,
             again,
             ..
         } = order;
@@ -274,8 +276,12 @@ impl Scheduler {
             again,
             "task submitted"
         );
-        if order.again {
-            worker.retry_decided(order.task);
+        if again {
+            worker.retry_decided(id);
+            let before = |other: &&Task| other.again && other.id < id;
+            let at = worker.queue.iter().take_while(before).count();
+            worker.queue.insert(at, task);
+        } else if first {
             worker.queue.push_front(task);
         } else {
             worker.queue.push_back(task);
