@@ -394,7 +394,7 @@ impl Router {
     /// Reports which set-up calls the workers have completed.
     fn list_setup_calls(&mut self, acts: &mut Vec<Act>) {
         for worker in 0..self.left.len() as u32 {
-            let complete = self.setup_log.is_complete(worker);
+            let complete = self.setup_log.is_listed_whole(worker);
             let calls = self.setup_log.list(worker, &self.blobs);
             let mut parts = calls.chunks(MAX_LISTED).peekable();
             let mut part: &[_] = parts.next().unwrap_or_default();

@@ -334,6 +334,14 @@ impl SetupLog {
         memory.is_some_and(|memory| !memory.incomplete)
     }
 
+    /// Whether [`SetupLog::list`] has all calls of this worker. The call that the worker is running may have exceeded the
+    /// limit.
+    pub fn is_listed_whole(&self, worker: u32) -> bool {
+        let memory = self.workers.get(worker as usize);
+        let open = memory.and_then(|memory| memory.open.as_ref());
+        self.is_complete(worker) && open.is_none_or(|open| !open.over_limit)
+    }
+
     /// The calls that restore this worker, in order: their names and digests. The call that the worker is running is
     /// the last one. Equal calls have equal digests, on all hosts, whether or not their messages begin with blobs.
     pub fn list(&mut self, worker: u32, blobs: &BlobStore) -> Vec<(u64, u128)> {
@@ -502,6 +510,23 @@ mod tests {
         assert_eq!(restored(&setup_log, 1), [b"small"]);
         // The memory of its calls is free again.
         assert!(!give(&mut setup_log, 1, 0, &noise(2, 60_000), MAX_BODY));
+    }
+
+    #[test]
+    fn a_running_call_that_exceeds_the_limit_makes_the_list_incomplete() {
+        let blobs = BlobStore::new(1);
+        let mut setup_log = SetupLog::new(1, 1_000);
+        give(&mut setup_log, 0, 0, b"logged", 9);
+        setup_log.expect(0, 0);
+        send(&mut setup_log, 0, &noise(1, 100), MAX_BODY);
+        assert!(setup_log.is_listed_whole(0));
+        assert_eq!(setup_log.list(0, &blobs).len(), 2);
+        setup_log.expect(0, 0);
+        send(&mut setup_log, 0, &noise(2, 2_000), MAX_BODY);
+        assert_eq!(setup_log.list(0, &blobs).len(), 1);
+        assert!(setup_log.is_complete(0) && !setup_log.is_listed_whole(0));
+        assert!(!setup_log.done(0, false, Duration::ZERO));
+        assert!(setup_log.is_listed_whole(0));
     }
 
     #[test]

@@ -314,6 +314,14 @@ impl Host {
                         ToHead::TimedOut { worker, task } => {
                             self.check_time(worker, task, now, facts);
                         }
+                        ToHead::SetupCalls { worker, .. } => {
+                            let process = self.processes[worker as usize].as_ref();
+                            let running = process.and_then(|process| process.complete);
+                            let running = running.and_then(|(task, _)| facts.tasks.get(task));
+                            let rank = self.ranks[worker as usize];
+                            facts.workers[rank as usize].listed_running =
+                                running.and_then(|task| task.effect);
+                        }
                         ToHead::StateNotLogged { worker } => {
                             let rank = self.ranks[worker as usize];
                             assert!(facts.workers[rank as usize].is_logged, "reported twice");

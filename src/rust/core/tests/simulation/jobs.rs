@@ -386,6 +386,9 @@ impl Dispatch for View<'_> {
             order: again.unwrap_or(Some(id)),
             ..Task::new(id)
         });
+        if again.is_none() {
+            sim.overtake(started.assigned);
+        }
         sim.open_job().writing = Some(id);
         Ok(started)
     }

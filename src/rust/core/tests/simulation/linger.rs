@@ -348,19 +348,22 @@ impl Sim {
         let ranks = 0..self.setup.workers as Rank;
         let (there, lost): (Vec<Rank>, Vec<Rank>) =
             ranks.partition(|&rank| !self.hosts[self.at[rank as usize].0].lost);
+        self.change.running.clear();
+        for &rank in &there {
+            let logged = self.logged(rank);
+            // Its agent restarts a worker with the calls that it had.
+            if !self.is_terminated(rank) || self.facts.workers[rank as usize].awaits_restart {
+                if let Some(running) = self.check_log(rank, &logged) {
+                    self.change.running.insert(rank, running.hash);
+                }
+                self.facts.seen.taken_over_with_calls += usize::from(!logged.is_empty());
+            }
+            self.facts.workers[rank as usize].logged = logged;
+        }
         let there: BTreeSet<Rank> = there
             .into_iter()
             .filter(|&rank| !self.is_terminated(rank))
             .collect();
-        self.change.running.clear();
-        for &rank in &there {
-            let logged = self.logged(rank);
-            if let Some(running) = self.check_log(rank, &logged) {
-                self.change.running.insert(rank, running.hash);
-            }
-            self.facts.seen.taken_over_with_calls += usize::from(!logged.is_empty());
-            self.facts.workers[rank as usize].logged = logged;
-        }
         let of_one = there.first().map(|&rank| self.logged(rank));
         let expected = (there, of_one.unwrap_or_default());
         for rank in lost {
@@ -371,20 +374,20 @@ impl Sim {
         }
     }
 
-    /// Checks the set-up calls that a head has taken over: those that the worker has completed, with the one that it
-    /// may be running, which is returned. Those that the head before saw acknowledged are among them.
+    /// Checks the set-up calls that a head has taken over: those that the worker has completed, with the one that it was
+    /// running when its agent listed them, which is returned. That call may have failed since, and the head before has not
+    /// seen its end: the state of the worker and that of the log are both right. Those that the head before saw
+    /// acknowledged are among the calls.
     fn check_log(&self, rank: Rank, logged: &[Effect]) -> Option<Effect> {
         let known = &self.facts.workers[rank as usize];
-        let (at, index) = self.at[rank as usize];
-        let process = self.hosts[at].processes[index as usize].as_ref();
-        let running = process.and_then(|process| process.complete);
-        let running = running.and_then(|(task, _)| self.facts.tasks.get(task)?.effect);
+        let running = known.listed_running;
         let with_running: Vec<Effect> = known.effects.iter().copied().chain(running).collect();
         let is_of = |effects: &[Effect]| digest(logged) == digest(effects);
         assert!(
             is_of(&known.effects) || is_of(&with_running),
             "the head has other set-up calls of worker {rank}: {logged:?} {with_running:?}"
         );
+        let running = running.filter(|&running| !known.effects.contains(&running));
         if let Some(acknowledged) = self.change.acknowledged.get(&rank) {
             // Others may be among them that the head had cancelled.
             let mut needed = SetupCalls::default();

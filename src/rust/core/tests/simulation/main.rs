@@ -1004,12 +1004,16 @@ fn is_long() -> bool {
     std::env::var("RUSTCLUSTER_LONG_TESTS").is_ok_and(|long| long == "1")
 }
 
+/// Seeds that have found faults which are rare: a lost host without the calls of all others after a take-over, running
+/// calls beyond the limit of the log, calls that failed after they were listed, and tasks of lost hosts in another order.
+const FOUND: [u64; 7] = [15_869, 19_124, 11_517, 14_491, 11_271, 15_280, 16_956];
+
 #[test]
 fn every_task_ends_exactly_once_whatever_happens() {
-    let seeds = match chosen() {
-        Some(seed) => seed..seed + 1,
-        None if is_long() => 0..10_000,
-        None => 0..320,
+    let seeds: Vec<u64> = match chosen() {
+        Some(seed) => vec![seed],
+        None if is_long() => (0..10_000).chain(FOUND).collect(),
+        None => (0..320).chain(FOUND).collect(),
     };
     let run = |seeds: &mut dyn Iterator<Item = u64>| {
         let mut seen = Seen::default();
@@ -1027,7 +1031,7 @@ fn every_task_ends_exactly_once_whatever_happens() {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut seen = Seen::default();
     std::thread::scope(|scope| {
-        let part = |thread| seeds.clone().skip(thread).step_by(threads);
+        let part = |thread| seeds.iter().copied().skip(thread).step_by(threads);
         let start = |thread| scope.spawn(move || run(&mut part(thread)));
         let running: Vec<_> = (0..threads).map(start).collect();
         for thread in running {

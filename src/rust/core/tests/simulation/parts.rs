@@ -349,6 +349,8 @@ pub struct Task {
     pub prefix: (TaskId, usize),
     /// It starts after tasks of the same owner with lower numbers; `None`: at any time.
     pub order: Option<TaskId>,
+    /// It was lost with its host, and R has not decided yet whether it is tried again.
+    pub lost_with_host: bool,
     /// The elements of the job that its message contains, if the job engine has sent it.
     pub elements: Vec<usize>,
     /// How long the worker may run it before it returns the elements that it has not started.
@@ -389,6 +391,7 @@ impl Task {
             end: None,
             prefix: (id, 0),
             order: Some(id),
+            lost_with_host: false,
             elements: Vec::new(),
             time_budget: Duration::ZERO,
         }
@@ -434,6 +437,8 @@ pub struct WorkerFacts {
     pub unacknowledged: usize,
     /// The effects of its set-up calls that the head knows: those with which it is restored.
     pub logged: Vec<Effect>,
+    /// The effect of the set-up call that it was running when its agent listed its set-up calls for another head.
+    pub listed_running: Option<Effect>,
     /// Its agent starts it, and the head has not restored it yet.
     pub is_away: bool,
     /// It terminated with its host.
@@ -468,6 +473,7 @@ impl WorkerFacts {
             prefetched_at_failure: None,
             unacknowledged: 0,
             logged: Vec::new(),
+            listed_running: None,
             is_away: false,
             is_of_host: false,
             is_late: false,
@@ -491,6 +497,7 @@ impl WorkerFacts {
         self.reported_seeds = vec![Bytes::new()];
         self.restored_seeds.clear();
         self.logged.clear();
+        self.listed_running = None;
         self.is_terminated = false;
         self.awaits_restart = false;
         self.is_away = false;

@@ -218,6 +218,9 @@ impl Sim {
                 self.facts.workers[task.owner as usize].reported_seeds.len() - 1;
         }
         self.facts.workers[task.assigned as usize].had_reassigned |= task.is_reassigned();
+        if !retried {
+            self.overtake(started.assigned);
+        }
         let sent = made.filter(|_| started.has_blob).map_or(0, |made| made.1);
         self.writing = Some(Message {
             task: id,
@@ -309,6 +312,17 @@ impl Sim {
         Chunk {
             bytes: part(like, false, at, n),
             key: self.setup.chunk_cache.map(|_| number),
+        }
+    }
+
+    /// R submits a task to a worker before it decides on those that were lost with its host: they do not start in order
+    /// any more, because the tasks of a host that is back do not wait for such decisions. R decides on the lost tasks of
+    /// a worker before it takes an answer of that worker, so that it has no reason yet to expect their effects.
+    pub fn overtake(&mut self, rank: Rank) {
+        for task in self.facts.tasks.iter_mut() {
+            if task.lost_with_host && task.assigned == rank {
+                task.order = None;
+            }
         }
     }
 
@@ -496,6 +510,7 @@ impl Sim {
         assert!(self.writing.is_none());
         let task = &mut self.facts.tasks[id];
         task.reported_failures += 1;
+        task.lost_with_host = false;
         assert_eq!(task.reported_failures, task.failures);
         let policy = Policy::new(self.facts.retries);
         let verdict = task.attempts.verdict(policy, termination);
@@ -779,6 +794,7 @@ impl Sim {
                     "lost task {id} has had an effect"
                 );
                 task.failures += 1;
+                task.lost_with_host = termination.is_of_host();
                 self.facts.seen.lost += 1;
                 (Ready::Lost, 0)
             }

@@ -516,6 +516,10 @@ impl Inbox {
     /// waited for any more.
     fn check_whether_back(&mut self, rank: Rank) {
         let agent = self.workers[rank as usize].agent;
+        let host = &self.hosts[agent];
+        if !host.awaited && !host.reported_lost {
+            return;
+        }
         let of_host = || self.workers.iter().filter(|w| w.agent == agent);
         let lost = |w: &WorkerView| w.termination.as_ref().is_some_and(|t| t.is_of_host());
         let waited_for = of_host().any(lost);

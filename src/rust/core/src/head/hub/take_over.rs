@@ -32,6 +32,8 @@ pub struct TakeOver {
     /// The agent that was asked for the message of the first group, and the number of the request.
     asked: Option<(usize, u64)>,
     requests: u64,
+    /// The workers whose agents have listed their calls.
+    listed: Vec<Rank>,
 }
 
 /// The calls of all workers, in an order that is that of each worker. A call that other workers have completed, too,
@@ -103,7 +105,8 @@ impl Core {
     fn begin_take_over(&mut self) {
         let mut take_over = TakeOver::default();
         for (rank, worker) in (0..).zip(&self.inbox.workers) {
-            if self.is_attached(worker.agent) && !self.scheduler.is_terminated(rank) {
+            // A worker that its agent will restart has the calls that the agent has logged.
+            if self.is_attached(worker.agent) && self.scheduler.is_left(rank) {
                 take_over.waiting.insert(rank);
             }
         }
@@ -180,7 +183,7 @@ impl Core {
         // A worker that has terminated in the meantime.
         take_over
             .waiting
-            .retain(|&rank| is_there(rank) && !scheduler.is_terminated(rank));
+            .retain(|&rank| is_there(rank) && scheduler.is_left(rank));
         if !take_over.waiting.is_empty() {
             return;
         }
@@ -193,7 +196,8 @@ impl Core {
             take_over.asked = None;
         }
         if !take_over.lists.is_empty() {
-            setup_log.set_members(take_over.lists.keys().copied());
+            take_over.listed = take_over.lists.keys().copied().collect();
+            setup_log.set_members(take_over.listed.iter().copied());
             take_over.groups = group(std::mem::take(&mut take_over.lists));
         }
         while let Some(group) = take_over.groups.front().filter(|_| setup_log.is_complete()) {
@@ -216,11 +220,15 @@ impl Core {
             let _ = self.scheduler.send_control(agent, &message);
             return;
         }
-        // Workers of hosts that are lost get the calls of all others when they come back.
-        let ranks: Vec<Rank> = (0..workers.len() as Rank).collect();
-        let (mut members, lost): (Vec<Rank>, Vec<Rank>) =
-            ranks.into_iter().partition(|&rank| is_there(rank));
-        for rank in lost {
+        // Workers of hosts that are lost get the calls of all others when they come back. A worker that has terminated,
+        // whose host is there, has had no calls since, and gets none.
+        let mut members = take_over.listed.clone();
+        members.retain(|&rank| is_there(rank) && !scheduler.is_terminated(rank));
+        if members.is_empty() {
+            members = std::mem::take(&mut take_over.listed);
+        }
+        let ranks = 0..workers.len() as Rank;
+        for rank in ranks.filter(|&rank| !is_there(rank)) {
             setup_log.begin_worker(rank, members.iter().copied());
             members.push(rank);
         }

@@ -84,7 +84,7 @@ impl Hub {
             job,
             setup_call,
             prefetch: turn == Turn::Prefetch,
-            again: turn == Turn::First,
+            first: turn == Turn::First,
             ..Order::default()
         };
         let mut writing = MessageWriting::new(order, rank, false);

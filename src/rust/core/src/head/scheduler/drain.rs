@@ -6,7 +6,7 @@
 
 use super::Scheduler;
 use super::events::{Note, Termination};
-use super::worker::WorkerState;
+use super::worker::{Worker, WorkerState};
 use crate::platform::exit::Exit;
 use crate::protocol::control::{DrainCause, ToAgent, WorkerFailure};
 use crate::protocol::ids::{Rank, TaskId};
@@ -194,24 +194,29 @@ impl Scheduler {
 
     fn stop_drained_agent(&mut self, at: usize) {
         let agent = &self.agents[at];
+        let mut ranks = agent.ranks.iter();
+        let any_drains = ranks.any(|rank| self.drains.workers.contains(rank));
         let worker = |&rank: &Rank| &self.workers[rank as usize];
         let mut workers = agent.ranks.iter().map(worker);
-        let removed = workers.clone().all(|worker| {
-            let stopped = |termination: &Arc<Termination>| **termination == Termination::Stopped;
-            let before = match &worker.state {
-                WorkerState::Terminated(before) => stopped(before),
-                _ => false,
-            };
-            worker.draining.as_ref().is_some_and(stopped) || before
-        });
-        let terminated = workers.all(|worker| matches!(worker.state, WorkerState::Terminated(_)));
-        let drains = agent.drain.is_some() || removed && self.any_of_agent_draining(at);
-        let of_agent = |&rank: &Rank| self.workers[rank as usize].agent == at;
-        if !self.drains.workers.iter().any(of_agent) {
+        let is_terminated = |worker: &Worker| matches!(worker.state, WorkerState::Terminated(_));
+        let terminated = workers.clone().all(is_terminated);
+        // The agent of a closed stream has been lost or left out.
+        let may_end = terminated && !agent.ranks.is_empty() && !agent.out.is_closed();
+        let removed = may_end
+            && workers.all(|worker| {
+                let stopped =
+                    |termination: &Arc<Termination>| **termination == Termination::Stopped;
+                let before = match &worker.state {
+                    WorkerState::Terminated(before) => stopped(before),
+                    _ => false,
+                };
+                worker.draining.as_ref().is_some_and(stopped) || before
+            });
+        let ends = may_end && (agent.drain.is_some() || removed && self.any_of_agent_draining(at));
+        if !any_drains {
             self.drains.agents.remove(&at);
         }
-        // The agent of a closed stream has been lost or left out.
-        if drains && terminated && !agent.ranks.is_empty() && !agent.out.is_closed() {
+        if ends {
             self.drains.agents.remove(&at);
             info!(agent = at + 1, "drained agent stops");
             // A message without fields fits into a frame.

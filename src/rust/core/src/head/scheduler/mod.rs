@@ -250,6 +250,7 @@ impl Scheduler {
         let task = Task {
             id: order.task,
             job: order.job,
+            again: order.again,
             chunks: VecDeque::new(),
             complete: false,
             setup_call: order.setup_call,
@@ -264,6 +265,7 @@ impl Scheduler {
         let Order {
             task: id,
             job,
+            first,
             again,
             ..
         } = order;
@@ -274,8 +276,12 @@ impl Scheduler {
             again,
             "task submitted"
         );
-        if order.again {
-            worker.retry_decided(order.task);
+        if again {
+            worker.retry_decided(id);
+            let before = |other: &&Task| other.again && other.id < id;
+            let at = worker.queue.iter().take_while(before).count();
+            worker.queue.insert(at, task);
+        } else if first {
             worker.queue.push_front(task);
         } else {
             worker.queue.push_back(task);
@@ -331,11 +337,12 @@ impl Scheduler {
 
     /// Whether any worker is starting, up, or about to be restarted by its agent.
     pub fn any_left(&self) -> bool {
-        let terminated = |worker: &Worker| match &worker.state {
-            WorkerState::Terminated(termination) => !termination.is_tried_again(),
-            _ => false,
-        };
-        !self.workers.iter().all(terminated)
+        self.workers.iter().any(Worker::is_left)
+    }
+
+    /// Whether a worker is starting, up, or about to be restarted by its agent.
+    pub fn is_left(&self, rank: Rank) -> bool {
+        self.workers.get(rank as usize).is_some_and(Worker::is_left)
     }
 
     /// Processes a frame from an agent.

@@ -86,6 +86,7 @@ impl Scheduler {
         let task = Task {
             id,
             job: CALLS,
+            again,
             chunks: VecDeque::new(),
             complete: false,
             setup_call: None,

@@ -17,7 +17,10 @@ pub struct Order {
     pub task: TaskId,
     /// The job that the task belongs to.
     pub job: JobId,
-    /// The task goes before all others of its worker: its worker failed, and it is submitted again.
+    /// The task goes before all others of its worker.
+    pub first: bool,
+    /// The task was lost with its worker and is submitted again: it goes before the tasks that followed it. Several
+    /// tasks are lost with a host.
     pub again: bool,
     /// The task is a set-up call. The number names what it sets on the worker; 0: nothing in
     /// particular.
@@ -52,6 +55,8 @@ pub type RestoreMessage = (TaskId, u64, Vec<Chunk>);
 pub(super) struct Task {
     pub(super) id: TaskId,
     pub(super) job: JobId,
+    /// See [`Order::again`].
+    pub(super) again: bool,
     pub(super) chunks: VecDeque<Chunk>,
     /// The last chunk has been submitted.
     pub(super) complete: bool,
@@ -76,6 +81,7 @@ impl Task {
         Task {
             id,
             job: 0,
+            again: false,
             chunks: chunks.into(),
             complete: true,
             setup_call: Some(name),

@@ -261,6 +261,28 @@ fn tasks_after_a_lost_one_continue_when_that_is_abandoned_or_cancelled() {
 }
 
 #[test]
+fn tasks_that_were_lost_together_are_submitted_again_in_their_order() {
+    let mut scheduler = up(1);
+    submit(&mut scheduler, order(0, 4));
+    assert_eq!(tasks_sent(&mut scheduler, 0), [4]);
+    submit(&mut scheduler, order(0, 5));
+    for task in 1..4 {
+        submit(&mut scheduler, again(0, task));
+    }
+    let first = Order {
+        first: true,
+        ..order(0, 6)
+    };
+    submit(&mut scheduler, first);
+    let mut before = 4;
+    for task in [6, 1, 2, 3, 5] {
+        answer(&mut scheduler, 0, before, None);
+        assert_eq!(tasks_sent(&mut scheduler, 0), [task]);
+        before = task;
+    }
+}
+
+#[test]
 fn reassigned_tasks_do_not_wait_for_the_retry_decision_on_a_lost_task() {
     let mut scheduler = up(2);
     submit(&mut scheduler, order(0, 1));

@@ -46,6 +46,14 @@ pub(super) struct Worker {
 }
 
 impl Worker {
+    /// Whether the worker is starting, up, or about to be restarted by its agent.
+    pub(super) fn is_left(&self) -> bool {
+        match &self.state {
+            WorkerState::Terminated(termination) => termination.is_tried_again(),
+            _ => true,
+        }
+    }
+
     /// A worker that is starting. `index`: its index on its host.
     pub(super) fn new(agent: usize, index: u32) -> Worker {
         Worker {
