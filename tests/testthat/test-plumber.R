@@ -17,6 +17,7 @@ test_that("endpoints compute on a cluster, and serve others while a promise wait
     endpoints <- list(
       sum = function(n) sum(unlist(parLapply(cl, seq_len(as.integer(n)), function(i) i^2))),
       call = function() promised(clusterSubmit(cl, 6 * 7)),
+      itself = function() clusterSubmit(cl, 6 * 7),
       calls = function() promised(clusterLapplyAsync(cl, 1:3, function(i) i^2)),
       then = function() then(promised(clusterSubmit(cl, 20)), function(x) x + 1),
       fails = function() promised(clusterSubmit(cl, stop("broken"))),
@@ -52,6 +53,8 @@ test_that("endpoints compute on a cluster, and serve others while a promise wait
   expect_true(wait_until(function() !is.null(suppressWarnings(ask("fast")))))
   expect_identical(ask("sum?n=4"), "[30]")
   expect_identical(ask("call"), "[42]")
+  # Earlier versions of promises have no generic for this.
+  if ("UseMethod" %in% all.names(body(promises::is.promising))) expect_identical(ask("itself"), "[42]")
   expect_identical(ask("calls"), "[[1],[4],[9]]")
   expect_identical(ask("then"), "[21]")
 
