@@ -11,7 +11,7 @@ knitted <- function(..., dir = tempfile(), envir = new.env(parent = globalenv())
   chunks <- lapply(list(...), function(chunk) c(paste0("```{r ", chunk[[1]], "}"), chunk[-1], "```", ""))
   writeLines(unlist(chunks), file.path(dir, "doc.Rmd"))
   old <- setwd(dir)
-  on.exit(setwd(old))
+  on.exit(setwd(old), add = TRUE, after = FALSE)
   output <- knitr::knit("doc.Rmd", quiet = TRUE, envir = envir)
   readLines(output)
 }
