@@ -167,12 +167,19 @@ killNode.RustNode <- function(x, signal = tools::SIGTERM, ...) {
   identical(as.integer(status), 0L)
 }
 
-# Agents cannot start additional workers.
+# Starts another worker on the host of this node, in the same cluster. `cl[2] <- cloneNode(cl[2])` is the way to replace
+# a node that was stopped.
 cloneNode.RustNode <- function(x, ...) {
-  abort(
-    "not_yet",
-    "a node of a cluster made by makeRustCluster() cannot be cloned; make a second cluster and join both with c()"
-  )
+  cl <- structure(list(x), class = c("RustCluster", "cluster"))
+  clustersOf(cl, "x")
+  host <- nodeHost(x)
+  if (!is.null(host$launcher) || !is.null(host$dial)) {
+    badArgument("x", "is a node of a launcher and cannot be cloned; add workers with addWorkers()")
+  }
+  settings <- host[intersect(names(host), hostSettings)]
+  settings$ncore <- 1L
+  more <- addWorkers(cl, list(settings))
+  more[[length(more)]]
 }
 
 # Registers methods for the generics that the installed version of parallelly has.

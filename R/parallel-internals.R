@@ -55,9 +55,9 @@ isWrittenAs <- function(fun, code) {
 }
 
 # Returns the verb that sends, for a method of sendData() whose frame has this number: a list of the number of the
-# verb's frame (`depth`), its `name`, and whether it is parallel's (`own`) or snow's. Returns NULL for other code, which
-# receives answers in its own way. Between a verb and the method are sendCall(), postNode() and the generic.
-# sys.function() copies a function, so that it is called as rarely as possible.
+# verb's frame (`depth`), its `name`, and whether it is a verb of parallel (`own`), and not of snow or BiocParallel.
+# Returns NULL for other code, which receives answers in its own way. Between a verb and the method are sendCall(),
+# postNode() and the generic. sys.function() copies a function, so that it is called as rarely as possible.
 sendingVerb <- function(frames) {
   if (frames < 5L) return(NULL)
   # Check the most frequent and cheapest case first.
@@ -67,7 +67,9 @@ sendingVerb <- function(frames) {
   verb <- verbAt(frames - 4L, c("staticClusterApply", "clusterSetRNGStream", "clusterCall"))
   # dynamicClusterApply() sends from a function of its own.
   if (is.null(verb) && frames > 5L) verb <- verbAt(frames - 5L, "dynamicClusterApply")
-  verb
+  if (!is.null(verb)) return(verb)
+  loop <- biocParallelLoop(frames)
+  if (!is.null(loop)) list(depth = loop, name = ".bploop_impl", own = FALSE)
 }
 
 verbAt <- function(depth, names) {

@@ -5,6 +5,7 @@
   # The generics differ between versions of these packages.
   onceLoaded("future", registerFutureMethods)
   onceLoaded("parallelly", registerParallellyMethods)
+  onceLoaded("BiocParallel", registerBiocParallelMethods)
 }
 
 onceLoaded <- function(package, register) {

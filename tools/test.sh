@@ -13,7 +13,8 @@ need_packages r-base-core r-base-dev r-cran-testthat r-cran-roxygen2 r-cran-knit
 # Packages that accept a cluster, programs that embed R, and a browser.
 if [ -n "${RUSTCLUSTER_LONG_TESTS:-}" ]; then
   need_packages r-cran-boot r-cran-caret r-cran-deoptim r-cran-lme4 r-cran-metafor r-cran-mgcv \
-    r-cran-pbkrtest r-cran-shiny r-cran-vegan python3-rpy2 python3-jupyter-client r-cran-irkernel
+    r-bioc-biocparallel r-cran-pbkrtest r-cran-plumber r-cran-shiny r-cran-vegan \
+    python3-rpy2 python3-jupyter-client r-cran-irkernel
   # Ubuntu has only a snap: the test is skipped there.
   if apt-cache show chromium-driver >/dev/null 2>&1; then
     need_packages chromium chromium-driver python3-selenium

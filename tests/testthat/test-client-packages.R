@@ -150,6 +150,64 @@ test_that("DEoptim, with a cluster and with foreach", {
   expect_equal(minimum(parallelType = "foreach"), want)
 })
 
+test_that("parallelly, with a cluster and with nodes beside those of its own clusters", {
+  skip_unless_long()
+  skip_unless_proc()
+  skip_if_not_installed("parallelly")
+  cl <- local_cluster(2)
+  theirs <- parallelly::makeClusterPSOCK(1, autoStop = TRUE)
+  both <- list(c(cl, theirs), c(theirs, cl), parallelly::as.cluster(c(cl, theirs)))
+  for (nodes in both) {
+    expect_s3_class(nodes, "cluster", exact = TRUE)
+    expect_identical(parallelly::isLocalhostNode(nodes), rep(TRUE, 3))
+    expect_identical(clusterApplyLB(nodes, 1:9, identity), as.list(1:9))
+    expect_output(print(nodes), "node of a socket cluster on host")
+  }
+  expect_identical(parallelly::as.cluster(cl)[1:2], cl)
+  # Nodes have no R connection.
+  expect_null(cl[[1]]$con)
+  expect_error(parallelly::isConnectionValid(cl[[1]]$con), "connection")
+  expect_identical(clusterApply(local_cluster(parallelly::availableWorkers()[1]), 1, identity), list(1))
+  # Workers are processes of their own, with all functions of parallelly.
+  seen <- clusterEvalQ(cl, list(parallelly::isForkedChild(), parallelly::supportsMulticore()))
+  expect_identical(seen, parallel::clusterEvalQ(theirs, list(parallelly::isForkedChild(), TRUE))[c(1, 1)])
+  skip_if_not(exists("killNode", asNamespace("parallelly")), "this parallelly has fewer functions")
+  expect_identical(parallelly::isNodeAlive(both[[1]]), rep(TRUE, 3))
+  pid <- clusterPids(cl)[[1]]
+  expect_identical(parallelly::killNode(cl[1]), TRUE)
+  expect_gone(pid)
+  expect_warning(clusterCall(cl, identity, 1), "is being replaced")
+  expect_identical(parallelly::isNodeAlive(cl), c(TRUE, TRUE))
+  stopCluster(cl)
+  expect_identical(parallelly::isNodeAlive(cl), c(FALSE, FALSE))
+  expect_identical(parallelly::killNode(cl), c(FALSE, FALSE))
+})
+
+test_that("a node of a stopped worker is replaced by cloneNode() of parallelly", {
+  skip_unless_long()
+  skip_unless_proc()
+  # Earlier versions of parallelly have no such function.
+  clone <- function(cl) structure(lapply(cl, rustcluster:::cloneNode.RustNode), class = class(cl))
+  if (requireNamespace("parallelly", quietly = TRUE)) {
+    clone <- get0("cloneNode", asNamespace("parallelly"), inherits = FALSE, ifnotfound = clone)
+  }
+  cl <- local_cluster(2)
+  x <- 5
+  clusterExport(cl, "x", environment())
+  stopCluster(cl[2])
+  cl[2] <- clone(cl[2])
+  note_processes(cl)
+  expect_false(anyNA(clusterPids(cl)))
+  expect_identical(clusterEvalQ(cl, x), list(5, 5))
+  expect_identical(parSapply(cl, 1:6, function(i) i * 2), (1:6) * 2)
+  pids <- c(clusterPids(cl), agentPids(cl))
+  stopCluster(cl)
+  expect_gone(pids)
+  expect_rust_error(caught(clone(cl)), "stopped")
+  launched <- local_cluster(commandLauncher("env"))
+  expect_rust_error(caught(clone(launched)), "bad_argument")
+})
+
 test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()

@@ -131,7 +131,6 @@ test_that("errors of tasks and warnings at the end", {
     said(rustcluster:::elementFailed("no", 3:5, vector("list", 3L)))
     said(rustcluster:::notRead(unread))
     said(rustcluster:::aborted(NULL))
-    said(tryCatch(rustcluster:::cloneNode.RustNode(), error = identity))
   })
 })
 

@@ -48,6 +48,36 @@ test_that("snow's functions return the same as with a cluster of snow", {
   })
 })
 
+test_that("snow's other functions return the same, too", {
+  skip_unless_long()
+  expect_same_as_snow(clusterSplit(cl, 1:5))
+  expect_same_as_snow(clusterApply(cl, clusterSplit(cl, 1:5), sum))
+  expect_same_as_snow(checkForRemoteErrors(clusterCall(cl, identity, 1)))
+  expect_same_as_snow(checkForRemoteErrors(list(1, structure("no\n", class = "try-error"))))
+  expect_same_as_snow(checkCluster(cl))
+  expect_same_as_snow(clusterExport(cl, "not.there", environment()))
+  expect_same_as_snow(clusterMap(cl, function(a, b) stop(a), 1:2, MoreArgs = list(b = 1)))
+  expect_same_as_snow(clusterMap(cl, rep, 1:3, 3:1))
+  expect_same_as_snow(parSapply(cl, 1:6, function(i) if (i == 5) stop("five") else i))
+  expect_same_as_snow(parLapply(cl, list(), identity))
+  # Without package rlecuyer, also an error.
+  expect_same_as_snow({
+    clusterSetupRNG(cl, seed = 1:6)
+    clusterCall(cl, stats::runif, 2)
+  })
+  expect_same_as_snow(clusterSetupRNG(cl, type = "SPRNG"))
+  expect_same_as_snow(clusterSetupRNG(cl, type = "none"))
+  expect_same_as_snow({
+    for (i in 1:2) sendCall(cl[[i]], function(x) x * 2, list(i), tag = i)
+    got <- list(recvOneResult(cl), recvOneResult(cl))
+    lapply(got[order(vapply(got, `[[`, 0L, "tag"))], `[`, c("value", "node", "tag"))
+  })
+  expect_same_as_snow({
+    postNode(cl[[1]], "EXEC", list(fun = identity, args = list(3), return = TRUE, tag = 1))
+    recvData(cl[[1]])[c("type", "value", "success", "tag")]
+  })
+})
+
 test_that("snow's functions work on nodes of several clusters, and beside snow's", {
   other <- local_cluster(1)
   for (nodes in list(c(unclass(snow_pair()$rust), unclass(other)), c(unclass(snow_pair()$snow), unclass(other)))) {
@@ -132,6 +162,40 @@ test_that("stopCluster() ends a cluster while snow is attached", {
   expect_child_ends_well(child)
   expect_identical(child_lines(child)[-1], c("value 10", "left 1", "left 0"))
   expect_gone(pids)
+})
+
+test_that("snow and this package may be attached in any order", {
+  skip_unless_long()
+  skip_unless_proc()
+  run <- function(packages) {
+    child <- start_child({
+      for (package in packages) suppressPackageStartupMessages(library(package, character.only = TRUE))
+      say("first", environmentName(environment(clusterSplit)), environmentName(environment(stopCluster)))
+      cl <- rustcluster::makeRustCluster(2)
+      say("pids", paste(rustcluster::clusterPids(cl), collapse = " "))
+      y <- 3
+      clusterExport(cl, "y")
+      say("value", sum(unlist(parLapply(cl, 1:4, function(i) i + y))))
+      say("call", sum(unlist(clusterCall(cl, function(x) x + y, 1))))
+      say("apply", sum(unlist(clusterApply(cl, 1:4, sqrt))), sum(unlist(clusterApplyLB(cl, 1:4, sqrt))))
+      say("map", sum(unlist(clusterMap(cl, `+`, 1:4, 4:1))), sum(parSapply(cl, 1:4, identity)))
+      say("error", conditionMessage(tryCatch(clusterCall(cl, stop, "no"), error = identity)))
+      stopCluster(cl)
+      say("left", sum(!is.na(rustcluster::clusterPids(cl))))
+    }, values = list(packages = packages), attach = FALSE)
+    pids <- child_wait_for(child, "pids")
+    note_pids(child_pids(child, "pids"))
+    expect_child_ends_well(child)
+    expect_gone(child_pids(child, "pids"))
+    lines <- child_lines(child)
+    expect_identical(lines[c(3, 4, 6, 8)], c("value 22", "call 8", "map 20 10", "left 0"))
+    expect_match(lines[[7]], "^error 2 nodes produced errors; first error: no")
+    lines[[1]]
+  }
+  expect_identical(run(c("snow", "rustcluster")), "first parallel parallel")
+  expect_identical(run(c("rustcluster", "snow")), "first snow snow")
+  expect_identical(run(c("parallel", "snow", "rustcluster")), "first snow snow")
+  expect_identical(run(c("snow", "parallel", "rustcluster")), "first parallel parallel")
 })
 
 test_that("no process is left", {
