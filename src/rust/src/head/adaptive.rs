@@ -83,11 +83,10 @@ fn hub_demand(handle: Robj, agents: &[i32]) -> Robj {
             may.any(|(&at, &may)| at == owners[rank as usize] && may) && is_free(rank, false)
         });
         tasks = tasks.saturating_sub(for_calls.count());
-        if let Ok(job) = cluster.job.try_borrow()
-            && let Some(job) = job.as_ref().map(|job| &job.engine)
-            && job.is_free()
-            && job.left() > 0
-        {
+        let job = cluster.job.try_borrow().ok();
+        let job = job.as_ref().and_then(|job| job.as_ref());
+        let job = job.map(|job| &job.engine);
+        if let Some(job) = job.filter(|job| job.is_free() && job.left() > 0) {
             let owner = |&rank: &Rank| owners.get(rank as usize).copied();
             let of_job: HashSet<usize> = job.ranks().iter().filter_map(owner).collect();
             let has = |agent: &usize| of_job.contains(agent);

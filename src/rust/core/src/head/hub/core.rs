@@ -804,9 +804,8 @@ impl Core {
 
     /// Lets the connection show whether the answer that R's code waits for is there.
     pub fn update_readiness(&mut self) {
-        if let Some(readiness) = &mut self.readiness
-            && !readiness.update(&self.inbox.tasks)
-        {
+        let readiness = self.readiness.as_mut();
+        if readiness.is_some_and(|readiness| !readiness.update(&self.inbox.tasks)) {
             // R has closed its end.
             self.readiness = None;
         }
