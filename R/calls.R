@@ -46,6 +46,7 @@ newRecord <- function(cl, fun, args, label, what = "the call", reportsProgress =
   if (handle$job != noJob) closeStale(handle, sys.nframe())
   record <- new.env(parent = emptyenv())
   record$handle <- handle
+  record$session <- session
   record$ranks <- ranks
   record$label <- label
   record$what <- what
@@ -100,8 +101,22 @@ callWaiters <- function(record) {
   }
 }
 
+# Whether this session has made the call. Otherwise the call was saved with a workspace, or sent to another process.
+isOwnCall <- function(record) identical(record$session, session)
+
+# Ends a call of a session that has ended, whose cluster lingers: nobody answers it here.
+endForeignCall <- function(record) {
+  if (record$state != "open" || is.null(record$handle$linger) || isOwnCall(record)) return(invisible())
+  record$result <- rustclusterCondition("restored", paste0(
+    record$what, " was made by another session; if the cluster has kept the result, keptResults() returns it once the ",
+    "cluster is connected"
+  ))
+  record$state <- "failed"
+}
+
 # Checks whether a call has ended, and handles its result or its failure.
 checkCall <- function(record) {
+  endForeignCall(record)
   if (record$state != "open") return(invisible())
   handle <- record$handle
   end <- takeCall(record)
@@ -211,6 +226,7 @@ newCall <- function(record) {
 recordOf <- function(call) get("record", environment(call$status))
 
 callStatus <- function(record) {
+  endForeignCall(record)
   if (record$state != "open") return(record$state)
   checkCalls(record$handle)
   checkCall(record)
@@ -232,6 +248,7 @@ callValue <- function(record, signal = TRUE) {
 }
 
 awaitCall <- function(record) {
+  endForeignCall(record)
   handle <- record$handle
   while (record$state == "open") {
     checkCalls(handle)
@@ -248,6 +265,7 @@ awaitCall <- function(record) {
 }
 
 cancelCall <- function(record) {
+  endForeignCall(record)
   if (record$state != "open") return(FALSE)
   checkCall(record)
   if (record$state != "open") return(FALSE)
@@ -275,11 +293,11 @@ format.RustCall <- function(x, ...) {
   state <- tryCatch(callStatus(record), error = function(e) "unusable")
   label <- record$label
   if (nchar(label) > 60L) label <- paste0(substr(label, 1L, 57L), "...")
-  took <- if (is.null(record$took)) proc.time()[["elapsed"]] - record$began else record$took
+  took <- if (!is.null(record$took)) record$took else if (isOwnCall(record)) proc.time()[["elapsed"]] - record$began
   where <- if (state == "running" && isTRUE(record$rank > 0L)) {
     paste0(" on worker ", record$rank, " on host ", sQuote(record$handle$hosts[[record$rank]]))
   }
-  paste0("<call ", label, ": ", state, where, ", ", format(round(took, 1), nsmall = 1), " s>")
+  paste0("<call ", label, ": ", state, where, if (!is.null(took)) sprintf(", %.1f s", took), ">")
 }
 
 #' @export

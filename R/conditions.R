@@ -223,8 +223,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       paste0(node, " has been stopped")
     },
     restored = if (!is.null(handle$linger)) paste0(
-      "cluster ", handle$linger$id, " has been stopped, or its `linger` time is over; create a new one with ",
-      "makeRustCluster()"
+      "cluster ", handle$linger$id, " is one", lingerFate(handle$linger$id),
+      if (is.null(theRecordOf(handle$linger$id))) "; create a new one with makeRustCluster()"
     ) else paste0(
       "this cluster was saved and loaded, or copied to another process: its workers belong to ",
       "the session that made them; create a new one with makeRustCluster()"

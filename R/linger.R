@@ -501,6 +501,8 @@ keptResult <- function(handle, listed, i) {
 theRecord <- function(id) {
   if (missing(id)) badArgument("id", "is missing; listClusters() shows the clusters that wait")
   id <- plain(id)
+  if (is.character(id) && !length(id)) badArgument("id", "is empty; listClusters() shows the clusters that wait")
+  if (identical(is.na(id), TRUE)) badArgument("id", "is NA, as that of a cluster that was made without `linger`")
   if (!is.character(id) || length(id) != 1L || !isTRUE(grepl("^[0-9a-f]{16}$", id))) {
     badArgument("id", "must be the id of one cluster, as listClusters() has it")
   }
@@ -672,12 +674,9 @@ inUse <- function(record) {
   abort(
     "in_use", "cluster ", record$linger$id, " is connected to ",
     if (isThisProcess(record$head)) {
-      paste0(
-        "this session, by another object than this one; use the cluster that was made or reattached, or stop that ",
-        "with stopCluster()"
-      )
+      "this session; use the cluster that was made or reattached, or stop it with stopCluster()"
     } else {
-      "another session; it can be taken over when that session has ended"
+      "another session; this one can reattach or end it when that session has ended"
     },
     fields = list(id = record$linger$id)
   )

@@ -44,7 +44,8 @@
 #' (`retries = 0`) or no worker is left to retry it. `rustcluster_timeout`: the call exceeded `timeout` of the cluster.
 #' `rustcluster_aborted`: the call jumped to R's top level, as `invokeRestart("abort")` does.
 #' `rustcluster_cancelled`: the call was cancelled. `rustcluster_stopped`, `rustcluster_forked`,
-#' `rustcluster_restored`: see [rustcluster_conditions].
+#' `rustcluster_restored`: see [rustcluster_conditions]. The latter is also the error of a call in a saved workspace,
+#' whose result [keptResults()] returns if the cluster was made with `linger`.
 #'
 #' A warning reports each worker failure after which a call is retried. It is raised when `status()` or `value()` of any
 #' call is used next. With `options(warn = 2)` the warning is an error, and the call goes on: ask once more.
