@@ -127,6 +127,9 @@ noteStreams <- function(handle) {
   if (identical(handle$streams, frame$rustclusterStreams)) return(invisible())
   handle$streams <- frame$rustclusterStreams
   recordChange(handle)
+  nodes <- lapply(seq_along(frame$seeds), function(i) if (inherits(frame$cl, "cluster")) unclass(frame$cl)[[i]])
+  own <- vapply(nodes, function(node) inherits(node, "RustNode") && identical(.subset2(node, "handle"), handle), NA)
+  recordFirstSeeds(handle, vapply(nodes[own], .subset2, 0L, "rank"), frame$seeds[own])
 }
 
 # Gives new workers the streams of random numbers that follow the last one.
@@ -144,6 +147,7 @@ continueStreams <- function(handle, ranks) {
     sendTask(handle, ranks[[i]], list(type = "EXEC", data = data, tag = NULL))
   }
   for (node in unclass(newCluster(handle, ranks))) recvData.RustNode(node)
+  recordFirstSeeds(handle, ranks, seeds)
   streams$last <- seeds[[length(seeds)]]
 }
 

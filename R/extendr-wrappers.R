@@ -142,9 +142,19 @@ hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tol
 #' @noRd
 hub_follow <- function(handle, generation) .Call(wrap__hub_follow, handle, generation)
 
-#' Writes the numbers of hosts that miss a set-up call, because they are lost, to the file `path`.
+#' Writes what the next head needs to know of lost hosts: the numbers of those that miss a set-up call, because they are
+#' lost, to the file `missed`, and the random number states of all workers to the file `seeds`.
 #' @noRd
-hub_record_missed <- function(handle, path) .Call(wrap__hub_record_missed, handle, path)
+hub_record <- function(handle, missed, seeds) .Call(wrap__hub_record, handle, missed, seeds)
+
+#' Writes the random number state `seed`, with which a worker is to begin that has not joined yet, to the file of
+#' hub_record().
+#' @noRd
+hub_record_first_seed <- function(handle, rank, seed) .Call(wrap__hub_record_first_seed, handle, rank, seed)
+
+#' Takes the random number states of workers of lost hosts from the file `path`. To be called after hub_go().
+#' @noRd
+hub_take_seeds <- function(handle, path) .Call(wrap__hub_take_seeds, handle, path)
 
 #' Fills the set-up log from the logs of the agents, which have had another head. Returns whether that is done; waits up
 #' to one slice for it. `begin`: whether to begin it. `end`: whether to give it up.

@@ -149,27 +149,51 @@ lingerBatches <- function(handle) {
   }
 }
 
-# Hosts that miss a set-up call --------------------------------------------------------------------
+# What the hub records ----------------------------------------------------------------------------
 
 # A session goes on without a host that it has lost, whose agent waits for the next session. From the first set-up call
-# on that the other hosts get, the workers of that agent have old variables. The session records such hosts.
+# on that the other hosts get, the workers of that agent have old variables. The hub records the numbers of such hosts,
+# and the random number states of all workers, since the workers of a lost host may be made anew.
 
-# The file of the session of this generation that has the numbers of these hosts.
-missedPath <- function(linger) {
-  sub("[.]rds$", paste0("-", linger$generation, ".missed"), recordPath(linger$id))
+# A file of the session of this generation: "missed" or "seeds".
+hubFile <- function(linger, what) {
+  sub("[.]rds$", paste0("-", linger$generation, ".", what), recordPath(linger$id))
 }
 
-# Lets the hub record the hosts that miss set-up calls from now on.
-recordMissed <- function(handle) {
-  if (!is.null(handle$linger)) checked(hub_record_missed(handle$pointer, missedPath(handle$linger)), handle)
+# Lets the hub write its records from now on.
+startRecords <- function(handle) {
+  if (is.null(handle$linger)) return(invisible())
+  checked(hub_record(handle$pointer, hubFile(handle$linger, "missed"), hubFile(handle$linger, "seeds")), handle)
+}
+
+# Records the first random number states of those of these workers that have not joined yet.
+recordFirstSeeds <- function(handle, ranks, seeds) {
+  if (is.null(handle$linger)) return(invisible())
+  for (i in seq_along(ranks)) checked(hub_record_first_seed(handle$pointer, ranks[[i]], seeds[[i]]), handle)
 }
 
 # Returns for each host whether the session before has recorded that it missed a set-up call.
 hostsThatMissed <- function(record) {
-  path <- missedPath(record$linger)
+  path <- hubFile(record$linger, "missed")
   # A file that cannot be read is an error: nobody knows which hosts can be used.
   numbers <- if (file.exists(path)) as.integer(readLines(path)) else integer()
   seq_along(record$handle$agents) %in% numbers
+}
+
+# Begins the file of random number states of a session with that of the session before. A crash of the machine may have
+# left earlier states there, from which numbers would be drawn twice.
+inheritSeeds <- function(linger, record) {
+  path <- hubFile(linger, "seeds")
+  before <- hubFile(record$linger, "seeds")
+  unlink(path)
+  if (!file.exists(before) || !identical(record$head$boot, thisMachine()$boot)) return(invisible())
+  if (!file.copy(before, path)) abort("start_failed", "the file ", sQuote(before), " cannot be copied")
+}
+
+# Gives the workers of lost hosts the random number states that the session before has recorded.
+takeSeeds <- function(handle) {
+  path <- hubFile(handle$linger, "seeds")
+  if (file.exists(path)) checked(hub_take_seeds(handle$pointer, path), handle)
 }
 
 removeRecord <- function(handle) {
@@ -320,8 +344,7 @@ lostAt <- function(record, path, directories) {
 seenPath <- function(path) sub("[.]rds$", ".seen", path)
 
 deleteRecord <- function(path) {
-  missed <- Sys.glob(sub("[.]rds$", "-*.missed", path))
-  unlink(c(path, seenPath(path), missed))
+  unlink(c(path, seenPath(path), Sys.glob(sub("[.]rds$", "-*", path))))
 }
 
 # Returns for how long the agents wait for a head at most, in seconds.
@@ -633,10 +656,12 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
     handle$streams$last <- record$streams
   }
   assign(linger$id, TRUE, openLingers)
-  recordMissed(handle)
+  inheritSeeds(linger, record)
+  startRecords(handle)
   # Before the agents belong to this session: if it ends here, the next one does not use its numbers again.
   saveRecord(handle)
   checked(hub_go(pointer, waitingPlans(handle), handle$timeout))
+  takeSeeds(handle)
   attached <- TRUE
   repeat {
     up <- checked(hub_progress(pointer, TRUE), handle)

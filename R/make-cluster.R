@@ -244,7 +244,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress, needed)
   plans <- hostPlans(handle, asked, launches, handle$settings)
   saveRecord(handle)
-  recordMissed(handle)
+  startRecords(handle)
   checked(hub_go(handle$pointer, plans, timeout))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
   awaitWorkers(handle, min(needed, length(handle$alive)), deadline, options$setup_timeout)

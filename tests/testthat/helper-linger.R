@@ -11,7 +11,7 @@ own_records <- function() {
 }
 
 expect_no_records <- function(records) {
-  expect_length(list.files(records$dir, "[.](rds|seen|missed)$", recursive = TRUE), 0L)
+  expect_length(list.files(records$dir, "[.](rds|seen|missed|seeds)$", recursive = TRUE), 0L)
   remove_records(records)
 }
 

@@ -280,6 +280,28 @@ test_that("a full disk of the jobs does not end jobs that the next session has t
   expect_jobs_gone(stub)
 })
 
+test_that("a job that begins after the session has ended has its own stream of random numbers", {
+  stub <- local_stub_engine("slurm")
+  stub$set("delay", 5)
+  first <- start_child({
+    cl <- makeRustCluster(1, linger = 60)
+    cl <- addWorkers(cl, launcher, wait = 0)
+    clusterSetRNGStream(cl, 5)
+    say("workers", clusterPids(cl)[[1L]])
+    say("agents", agentPids(cl)[[1L]])
+    say("id", clusterId(cl))
+  }, env = record_env, values = list(launcher = batch_launcher("slurm", stub, nodes = 1L)))
+  expect_child_ends_well(first)
+  note_pids(c(child_pids(first, "workers"), child_pids(first, "agents")))
+  local_function("redialPatience", c(1, 1))
+  cl <- reattachCluster(child_said(first, "id"))
+  on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
+  got <- suppressMessages(unlist(clusterCall(cl, stats::rnorm, 1)))
+  expect_identical(got, psock_draws(3, 5, 1)[[1L]])
+  parallel::stopCluster(cl)
+  expect_jobs_gone(stub)
+})
+
 test_that("a host that was removed is not waited for", {
   stub <- local_stub_engine("slurm")
   first <- lingering_child(batch_launcher("slurm", stub), more = quote(removeWorkers(cl, 3:4)))

@@ -364,6 +364,8 @@ test_that("a host that is gone when the cluster is reattached is reconnected wit
     )
     value <- 5
     clusterExport(cl, "value")
+    clusterSetRNGStream(cl, 3)
+    clusterCall(cl[2], rnorm, 1)
     say("workers", paste(clusterPids(cl), collapse = " "))
     say("agents", paste(agentPids(cl), collapse = " "))
     say("id", clusterId(cl))
@@ -377,6 +379,9 @@ test_that("a host that is gone when the cluster is reattached is reconnected wit
   note_processes(cl)
   got <- suppressMessages(suppressWarnings(clusterCall(cl, function() value)))
   expect_identical(got, list(5, 5))
+  # Each worker goes on with its own stream.
+  streams <- psock_draws(2, 3, 2)
+  expect_identical(unlist(clusterCall(cl, stats::rnorm, 1)), c(streams[[1L]][[1L]], streams[[2L]][[2L]]))
   parallel::stopCluster(cl)
   expect_gone(c(pids, leftovers$pids))
 })

@@ -20,8 +20,8 @@ use rustcluster_core::head::hub::{Answer, Hub};
 use rustcluster_core::head::scheduler::events::RankSet;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
+use rustcluster_core::protocol::setup_calls::name_of;
 use std::ffi::{CStr, c_int, c_void};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
 /// Removes a call whose object was garbage-collected. R runs finalizers at any allocation, and so also while
@@ -219,17 +219,6 @@ fn hub_called(handle: Robj) -> Robj {
             None => ().into(),
         })
     })
-}
-
-/// Returns a number for the name of the variable that a message sets; 0 for no name.
-fn name_of(name: &str) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    name.hash(&mut hasher);
-    if name.is_empty() {
-        0
-    } else {
-        hasher.finish().max(1)
-    }
 }
 
 /// Removes a task after a worker failure whose result is no longer needed.

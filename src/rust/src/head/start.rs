@@ -521,13 +521,47 @@ fn hub_follow(handle: Robj, generation: i32) -> Robj {
     })
 }
 
-/// Writes the numbers of hosts that miss a set-up call, because they are lost, to the file `path`.
+/// Writes what the next head needs to know of lost hosts: the numbers of those that miss a set-up call, because they are
+/// lost, to the file `missed`, and the random number states of all workers to the file `seeds`.
 /// @noRd
 #[extendr]
-fn hub_record_missed(handle: Robj, path: &str) -> Robj {
+fn hub_record(handle: Robj, missed: &str, seeds: &str) -> Robj {
+    let not_written = |path: &str, error: std::io::Error| {
+        let reason = format!("the file {path} cannot be written: {error}");
+        Failure::new("start_failed").with("reason", reason)
+    };
     with_hub(&handle, |hub| {
-        hub.record_missed(Path::new(path)).map_err(|error| {
-            let reason = format!("the file {path} cannot be written: {error}");
+        let recorded = hub.record_missed(Path::new(missed));
+        recorded.map_err(|error| not_written(missed, error))?;
+        let recorded = hub.record_seeds(Path::new(seeds));
+        recorded.map_err(|error| not_written(seeds, error))
+    })
+}
+
+/// Writes the random number state `seed`, with which a worker is to begin that has not joined yet, to the file of
+/// hub_record().
+/// @noRd
+#[extendr]
+fn hub_record_first_seed(handle: Robj, rank: i32, seed: &[i32]) -> Robj {
+    with_hub(&handle, |hub| {
+        let bytes: Vec<u8> = seed.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        if let Some(rank) = u32::try_from(rank)
+            .ok()
+            .and_then(|rank| rank.checked_sub(1))
+        {
+            hub.record_first_seed(rank, &bytes);
+        }
+        Ok(())
+    })
+}
+
+/// Takes the random number states of workers of lost hosts from the file `path`. To be called after hub_go().
+/// @noRd
+#[extendr]
+fn hub_take_seeds(handle: Robj, path: &str) -> Robj {
+    with_hub(&handle, |hub| {
+        hub.take_seeds(Path::new(path)).map_err(|error| {
+            let reason = format!("the file {path} cannot be read: {error}");
             Failure::new("start_failed").with("reason", reason)
         })
     })
@@ -776,7 +810,9 @@ extendr_module! {
     fn hub_are_over;
     fn hub_progress;
     fn hub_follow;
-    fn hub_record_missed;
+    fn hub_record;
+    fn hub_record_first_seed;
+    fn hub_take_seeds;
     fn hub_take_over;
     fn hub_leave;
     fn hub_leave_out;

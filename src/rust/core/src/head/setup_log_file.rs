@@ -422,10 +422,19 @@ impl SetupLogFile {
 
     /// Adds a worker to a cluster with these `members`: the calls that all of them have completed are its set-up calls,
     /// as if it had completed them, too.
-    pub fn begin_worker(&mut self, rank: Rank, members: impl IntoIterator<Item = Rank>) {
+    ///
+    /// `but`: the name of what each worker has of its own, although its calls may equal those of all others if there are
+    /// few of them.
+    pub fn begin_worker(
+        &mut self,
+        rank: Rank,
+        members: impl IntoIterator<Item = Rank>,
+        but: Option<u64>,
+    ) {
         self.set_members(members);
         self.update_common();
-        let common: Vec<(u64, u64)> = self.common.iter().map(|(name, &n)| (name, n)).collect();
+        let common = self.common.iter().map(|(name, &n)| (name, n));
+        let common: Vec<(u64, u64)> = common.filter(|&(name, _)| Some(name) != but).collect();
         let before = self.workers.remove(&rank);
         let mut calls = SetupCalls::default();
         for (name, number) in common {
@@ -832,12 +841,12 @@ mod tests {
         send(&mut setup_log, 51, 1, 0, b"interrupted");
         setup_log.ended(50, 0, true);
         setup_log.ended(51, 1, false);
-        setup_log.begin_worker(3, 0..3);
+        setup_log.begin_worker(3, 0..3, None);
         assert_eq!(restored(&setup_log, 3), [&b"value"[..], b"uses"]);
         // From now on it counts, too.
         complete(&mut setup_log, 60, &[0, 1, 2], 0, "without the new one");
         complete(&mut setup_log, 70, &[0, 1, 2, 3], 0, "with it");
-        setup_log.begin_worker(4, 0..4);
+        setup_log.begin_worker(4, 0..4, None);
         assert_eq!(
             restored(&setup_log, 4),
             [&b"value"[..], b"uses", b"with it"]
@@ -856,11 +865,11 @@ mod tests {
         complete(&mut setup_log, 20, &[0], 7, "first");
         complete(&mut setup_log, 30, &[1], 7, "second");
         assert_eq!(restored(&setup_log, 0), [b"first"]);
-        setup_log.begin_worker(2, 0..2);
+        setup_log.begin_worker(2, 0..2, None);
         assert_eq!(restored(&setup_log, 2), [b"all"]);
         // The last value of all is the one that counts.
         complete(&mut setup_log, 40, &[0, 1, 2], 7, "again");
-        setup_log.begin_worker(3, 0..3);
+        setup_log.begin_worker(3, 0..3, None);
         assert_eq!(restored(&setup_log, 3), [b"again"]);
         assert_eq!(setup_log.messages.len(), 1);
         assert_eq!(setup_log.stored_bytes, 5);
@@ -873,7 +882,7 @@ mod tests {
         complete(&mut setup_log, 10, &[0, 1], 7, "old");
         complete(&mut setup_log, 20, &[0, 1, 2], 0, "all");
         complete(&mut setup_log, 30, &[0, 1], 7, "new");
-        setup_log.begin_worker(3, [0, 1]);
+        setup_log.begin_worker(3, [0, 1], None);
         assert_eq!(restored(&setup_log, 3), [&b"old"[..], b"all", b"new"]);
         assert_eq!(restored(&setup_log, 0), restored(&setup_log, 3));
     }
@@ -882,7 +891,7 @@ mod tests {
     fn a_new_worker_of_an_unused_cluster_gets_nothing() {
         let mut setup_log = setup_log(1 << 20);
         setup_log.set_members(0..70);
-        setup_log.begin_worker(70, 0..70);
+        setup_log.begin_worker(70, 0..70, None);
         assert_eq!(restored(&setup_log, 70), Vec::<Vec<u8>>::new());
         complete(&mut setup_log, 10, &(0..71).collect::<Vec<_>>(), 0, "all");
         complete(
@@ -892,7 +901,7 @@ mod tests {
             0,
             "not the last",
         );
-        setup_log.begin_worker(71, 0..71);
+        setup_log.begin_worker(71, 0..71, None);
         assert_eq!(restored(&setup_log, 71), [b"all"]);
     }
 }

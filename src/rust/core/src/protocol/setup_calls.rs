@@ -8,9 +8,22 @@
 //! sets a variable supersedes the call that set the same variable before, unless a call of name 0 lies between, because
 //! that call may have used the value.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 /// How many calls back the earlier value of a variable is searched for. The bound limits the cost of a call. A call
 /// that is not found is sent once more, which changes nothing.
 const MAX_LOOK_BACK: usize = 1_000;
+
+/// Returns a number for the name of the variable that a message sets; 0 for no name.
+pub fn name_of(name: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    if name.is_empty() {
+        0
+    } else {
+        hasher.finish().max(1)
+    }
+}
 
 /// The calls that restore the state of one worker, in the order in which the worker ran them.
 #[derive(Debug)]

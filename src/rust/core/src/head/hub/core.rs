@@ -106,6 +106,8 @@ pub struct Core {
     pub took_over: bool,
     /// The hosts whose agents the next head must not use.
     pub missed: Missed,
+    /// The file of random number states, of a cluster that lingers.
+    pub seeds: Option<File>,
     /// The take-over has begun, or is not to begin. Lost hosts come back after it.
     pub began_take_over: bool,
     /// Lost hosts are reconnected.
@@ -186,6 +188,7 @@ impl SharedCore {
                 inbox: Inbox::new(hosts),
                 setup_log: None,
                 missed: Missed::default(),
+                seeds: None,
                 take_over: None,
                 kept: KeptQuestion::default(),
                 took_over: false,
@@ -669,6 +672,7 @@ impl Core {
             for agent in 0..self.conns.len() {
                 self.flush(agent);
             }
+            self.record_changed_seeds();
             let released = self.scheduler.take_released();
             let notes = self.scheduler.take_notes();
             if released == 0 && notes.is_empty() {

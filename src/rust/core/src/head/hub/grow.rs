@@ -85,7 +85,7 @@ impl Hub {
             }
             if let Some(setup_log) = &mut core.setup_log {
                 for &rank in &ranks {
-                    setup_log.begin_worker(rank, members.iter().copied());
+                    setup_log.begin_worker(rank, members.iter().copied(), None);
                 }
             }
             self.has_chunk_cache |= plan.start.chunk_cache_bytes > 0;

@@ -23,6 +23,7 @@ mod readiness;
 mod recent;
 mod restore;
 mod restore_queue;
+mod seeds;
 mod serve_host;
 mod status;
 mod take_over;

@@ -7,6 +7,7 @@ use crate::protocol::control::ToAgent;
 use crate::protocol::dedup::Chunk;
 use crate::protocol::frame::{ABORT, LAST};
 use crate::protocol::ids::{Rank, TaskId};
+use crate::protocol::setup_calls::name_of;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
@@ -229,7 +230,9 @@ impl Core {
         }
         let ranks = 0..workers.len() as Rank;
         for rank in ranks.filter(|&rank| !is_there(rank)) {
-            setup_log.begin_worker(rank, members.iter().copied());
+            // The stream of random numbers of another worker must not be drawn from twice: see `seeds`.
+            let own = Some(name_of(".Random.seed"));
+            setup_log.begin_worker(rank, members.iter().copied(), own);
             members.push(rank);
         }
         self.take_over = None;

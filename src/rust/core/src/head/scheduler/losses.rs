@@ -25,6 +25,19 @@ impl Scheduler {
         self.workers.get(rank as usize)?.seed.clone()
     }
 
+    /// Sets the random number state of a worker.
+    pub fn set_seed(&mut self, rank: Rank, seed: Bytes) {
+        if let Some(worker) = self.workers.get_mut(rank as usize) {
+            worker.seed = Some(seed);
+            self.changed_seeds.push(rank);
+        }
+    }
+
+    /// The workers whose random number states have been set since the last call.
+    pub fn take_changed_seeds(&mut self) -> Vec<Rank> {
+        std::mem::take(&mut self.changed_seeds)
+    }
+
     /// Records an error of a task of this worker.
     pub fn failed(&mut self, rank: Rank, why: &str) {
         if let Some(worker) = self.workers.get_mut(rank as usize) {

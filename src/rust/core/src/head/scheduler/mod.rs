@@ -86,6 +86,8 @@ pub struct Scheduler {
     agents: Vec<AgentState>,
     workers: Vec<Worker>,
     notes: Vec<Note>,
+    /// The workers whose random number states have been set.
+    changed_seeds: Vec<Rank>,
     flow: ResultFlow,
     /// Bytes of tasks that left the queues since the last [`Scheduler::take_released`].
     released: usize,
@@ -119,6 +121,7 @@ impl Scheduler {
                 .map(|(agent, index)| Worker::new(agent, index))
                 .collect(),
             notes: Vec::new(),
+            changed_seeds: Vec::new(),
             flow,
             released: 0,
             now: Moment::ZERO,
@@ -411,7 +414,7 @@ impl Scheduler {
                 let worker = &mut self.workers[rank as usize];
                 if header.task == 0 {
                     // The state that the worker had when the head before disconnected.
-                    worker.seed = Some(frame.body);
+                    self.set_seed(rank, frame.body);
                 } else if let Some(current) = &mut worker.current {
                     if current.task.id == header.task {
                         let other = current

@@ -114,7 +114,7 @@ impl Scheduler {
                 }
             }
             if let Some((whose, seed)) = after {
-                self.workers[whose as usize].seed = Some(seed.clone());
+                self.set_seed(whose, seed.clone());
                 if whose != rank {
                     self.put_seed(whose, seed);
                 }
