@@ -393,6 +393,9 @@ test_that("a cluster behind a login node lingers, and its gateway is started aga
   expect_gone(c(child_pids(second, "workers"), child_pids(second, "agents")), within = 4)
   expect_jobs_gone(stub, within = 4)
   expect_identical(list.files("/tmp", paste0("^rustcluster-", child_said(second, "id"))), character())
+  # This machine counts the time from when it first sees that the session has ended, and keeps the record for a while.
+  expect_true(wait_until(function() !nrow(listClusters()), 10))
+  unlink(list.files(records$dir, child_said(second, "id"), recursive = TRUE, full.names = TRUE))
 })
 
 test_that("a gateway of a frozen link leaves jobs alone that the next session has taken over", {
