@@ -254,6 +254,13 @@ clusterAlive <- function(cl) {
   cl[alive]
 }
 
+# Returns the nodes of a cluster whose workers are alive, or may still join with their hosts.
+leftNodes <- function(cl) {
+  handle <- clusterHandle(cl)
+  ranks <- vapply(unclass(cl), .subset2, 0L, "rank")
+  cl[!is.na(clusterPids(cl)) | ranks %in% checked(hub_awaited(handle$pointer, FALSE), handle)]
+}
+
 # Returns why a cluster cannot be used, as part of a sentence; "" for a usable one.
 fate <- function(handle) {
   pids <- if (!handle$stopped) hub_pids(handle$pointer)

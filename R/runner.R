@@ -53,6 +53,11 @@ computeRun <- function(dir) {
     endWaitingCluster(cl, dir, task$options$.save_dir)
     cl <- NULL
   }
+  if (!is.null(cl) && !length(leftNodes(cl))) {
+    say("none of its workers is left: another cluster is made")
+    endWaitingCluster(cl, dir, task$options$.save_dir)
+    cl <- NULL
+  }
   # After the workers of the last runner, which may write there.
   if (isTRUE(runner$state$replaces)) {
     removeOldRun(dir)
@@ -68,9 +73,15 @@ computeRun <- function(dir) {
     runner$tick <- NULL
     tryCatch(saveTimeline(), error = function(e) say("the timeline could not be saved: ", conditionMessage(e)))
     runner$cluster <- NULL
-    parallel::stopCluster(cl)
+    parallel::stopCluster(whole)
     runner$state$cluster <- NULL
   })
+  whole <- cl
+  if (waited) {
+    cl <- leftNodes(whole)
+    lost <- length(whole) - length(cl)
+    if (lost) say(counted(lost, "worker"), " of it ", ngettext(lost, "is", "are"), " lost; the others go on")
+  }
   if (waited && length(settings$packages)) {
     failed <- unlist(parallel::clusterCall(cl, attachPackages, settings$packages))
     if (length(failed)) abort("start_failed", failed[[1L]])

@@ -703,6 +703,45 @@ test_that("a run on a cluster that waits computes nothing again", {
   }
 })
 
+test_that("a run goes on with the workers that are left", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  base <- tempfile("linger-run-", dirname(tempdir()))
+  dir.create(base)
+  on.exit(unlink(base, recursive = TRUE), add = TRUE, after = FALSE)
+  # Each worker leaves the pid of its agent.
+  fun <- strip_srcref(function(i, base) {
+    stat <- sub("^.*[)] ", "", readLines("/proc/self/stat"))
+    file.create(file.path(base, "agents", strsplit(stat, " ")[[1L]][[2L]]))
+    if (i > 4) while (!file.exists(file.path(base, "gate"))) Sys.sleep(0.02)
+    i + 1
+  })
+  environment(fun) <- globalenv()
+  for (gone in list(2, 1:2)) {
+    dir <- tempfile("run-", base)
+    unlink(file.path(base, c("gate", "agents")), recursive = TRUE)
+    dir.create(file.path(base, "agents"))
+    run <- startRun(
+      dir, 1:10, fun, base = base, spec = c("127.0.0.2" = 1, "127.0.0.3" = 1), .wait = 40,
+      cluster = list(linger = 60, rshcmd = ssh$rshcmd, rlibs = .libPaths())
+    )
+    agents <- function() as.integer(list.files(file.path(base, "agents")))
+    expect_true(wait_until(function() run$status()$done == 4 && length(agents()) == 2L, 30))
+    runner <- run$status()$pid
+    agents <- agents()
+    note_pids(c(agents, unlist(lapply(agents, descendants))))
+    tools::pskill(runner, tools::SIGKILL)
+    expect_gone(runner)
+    for (pid in agents[gone]) tools::pskill(pid, tools::SIGKILL)
+    expect_gone(agents[gone])
+    file.create(file.path(base, "gate"))
+    expect_true(run$resume(.wait = 40))
+    expect_identical(run$wait(60), "done")
+    expect_identical(unlist(run$results()), 1:10 + 1)
+    expect_gone(agents)
+  }
+})
+
 test_that("no process is left", {
   expect_no_leftovers()
   expect_no_records(records)
