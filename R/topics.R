@@ -160,8 +160,14 @@ NULL
 #' Hosts that are lost in the meantime are lost hosts of the reattached cluster: see [rustcluster_faults]. A host that
 #' is lost while its session goes on may still have an agent that waits. With `reconnect = TRUE` the session starts a
 #' new agent there, which ends the old one. Without that, the next session gets the workers of the host back, unless
-#' they have missed exports or other set-up calls: it then ends them, reports the host as lost, and reconnects it if the
-#' cluster was made with `reconnect = TRUE`.
+#' they have missed exports or other set-up calls that other workers have completed: it then ends them, reports the
+#' host as lost, and reconnects it if the cluster was made with `reconnect = TRUE`. A call that has failed because the
+#' host was lost counts only if its session went on. `stopCluster()` cannot reach the agent of a lost host, which ends
+#' by itself after `linger` seconds.
+#'
+#' When a host comes back that was lost while no session was connected, its workers have the exports and set-up calls
+#' that all others have, and the random numbers that the last session knew of each. What was set on them alone is lost.
+#' If the machine of the session was restarted meanwhile, their random numbers are unknown and start anew.
 #'
 #' @section Batch jobs that wait:
 #' Agents of batch jobs ([slurm()] and the other launchers) dial the session. When it is gone, they dial the same
