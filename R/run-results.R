@@ -43,6 +43,13 @@ resultsView <- function(store) {
 # Views that earlier versions have saved are lists.
 storeOfView <- function(x) .subset2(x, "store")
 
+# Returns the store of a view with what has been written since, if something is missing.
+currentStore <- function(x) {
+  store <- storeOfView(x)
+  if (any(storeStates(store) != 1L) && hasStore(store$dir)) refreshStore(store)
+  store
+}
+
 #' @export
 length.rustcluster_results <- function(x) as.integer(storeOfView(x)$info$n)
 
@@ -125,9 +132,9 @@ readOnly <- function() {
 #' @rdname rustcluster_results
 #' @export
 `[.rustcluster_results` <- function(x, i, ...) {
+  store <- currentStore(x)
   at <- stats::setNames(seq_along(x), names(x))
   at <- if (missing(i)) at else at[i]
-  store <- storeOfView(x)
   ids <- store$info$ids
   known <- which(!is.na(at))
   wanted <- if (is.null(ids)) unname(at[known]) else ids[at[known]]
@@ -140,14 +147,14 @@ readOnly <- function() {
 #' @rdname rustcluster_results
 #' @export
 as.list.rustcluster_results <- function(x, ...) {
-  values <- storeValues(storeOfView(x))
+  values <- storeValues(currentStore(x))
   names(values) <- names(x)
   values
 }
 
 #' @export
 print.rustcluster_results <- function(x, ...) {
-  store <- storeOfView(x)
+  store <- currentStore(x)
   counts <- storeCounts(store)
   cat(
     "<results of ", counts[["n"]], " elements in ", store$dir, ">\n",
@@ -189,7 +196,9 @@ str.rustcluster_results <- function(object, ...) print(object)
 exportRun <- function(dir, to) {
   dir <- checkDir(dir, "dir")
   to <- checkDir(to, "to")
-  store <- openStore(dir)
+  if (!isRun(dir)) noRun(dir)
+  store <- storeOf(dir, new.env(parent = emptyenv()))
+  if (is.null(store)) store <- emptyStore(dir, NA_integer_)
   if (!dir.exists(to) && !dir.create(to, showWarnings = FALSE, recursive = TRUE) && !dir.exists(to)) {
     abort(
       "run_write_failed", "cannot create the directory ", to, fields = list(dir = to, reason = "cannot be created")

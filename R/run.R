@@ -76,11 +76,9 @@
 #' unlink(dir, recursive = TRUE)
 #' @export
 openRun <- function(dir) {
+  if (missing(dir)) badArgument("dir", "is missing")
   dir <- checkPath(plain(dir), "dir")
-  if (!isRun(path.expand(dir))) {
-    abort("run_unreadable", sQuote(dir), " holds no run", if (!dir.exists(dir)) ": there is no such directory",
-          fields = list(dir = dir))
-  }
+  if (!isRun(path.expand(dir))) noRun(dir)
   newRun(normalizePath(dir))
 }
 
@@ -105,13 +103,52 @@ newRun <- function(dir) {
 
 # Returns the store of a run as it is now, or NULL if there is none yet. `opened` keeps it open.
 storeOf <- function(dir, opened) {
-  if (!isRun(dir)) abort("run_unreadable", sQuote(dir), " holds no run any more", fields = list(dir = dir))
-  if (!is.null(opened$store)) {
-    refreshStore(opened$store)
-  } else if (hasStore(dir)) {
-    opened$store <- openStore(dir)
+  repeat {
+    if (!isThere(dir)) noRun(dir, " any more")
+    # What a run without any value has left is not the run that replaces it.
+    info <- if (!isTRUE(readState(dir)$replaces)) readRunInfo(dir)
+    if (is.null(info)) {
+      opened$store <- NULL
+      return(NULL)
+    }
+    store <- tryCatch(
+      if (identical(opened$store$info$id, info$id)) refreshStore(opened$store) else openStore(dir, info = info),
+      rustcluster_run_unreadable = identity
+    )
+    if (!inherits(store, "condition")) break
+    # The files may have been removed because the run is begun anew.
+    if (identical(readRunInfo(dir)$id, info$id) && !isTRUE(readState(dir)$replaces)) stop(store)
   }
-  opened$store
+  opened$store <- store
+  store
+}
+
+# Returns whether a directory holds a run, or a call of clusterLapply() begins one.
+isThere <- function(dir) isRun(dir) || dir.exists(dir) && !is.null(storeLocked(dir))
+
+# `more`: what follows "holds no run".
+noRun <- function(dir, more = "") {
+  closed <- closedDirectory(dir)
+  abort(
+    "run_unreadable", sQuote(dir),
+    if (length(closed)) {
+      paste0(" cannot be read: you have no permission for ", if (closed == dir) "it" else sQuote(closed))
+    } else {
+      paste0(" holds no run", more, if (!nzchar(more) && !dir.exists(dir)) ": there is no such directory")
+    },
+    fields = list(dir = dir)
+  )
+}
+
+# Returns the directory in which this user may not look for the files of a run, or NULL.
+closedDirectory <- function(dir) {
+  path <- path.expand(dir)
+  repeat {
+    # A directory below one that is closed seems not to exist.
+    if (dir.exists(path)) return(if (file.access(path, 1L) != 0L) if (path == path.expand(dir)) dir else path)
+    if (path == dirname(path)) return(NULL)
+    path <- dirname(path)
+  }
 }
 
 # Returns the numbers of elements: all (`n`), with a value (`done`), and with an error (`failed`).
@@ -181,7 +218,7 @@ runResults <- function(dir, opened, partial) {
   store <- storeOf(dir, opened)
   counts <- runCounts(dir, opened)
   missing <- counts[["n"]] - counts[["done"]] - counts[["failed"]]
-  if (is.null(store) && partial) return(noResults(dir, counts[["n"]]))
+  if (is.null(store) && partial) return(resultsView(emptyStore(dir, counts[["n"]])))
   if (is.null(store) || (!partial && !isTRUE(missing == 0))) {
     state <- runnerState(dir)$state
     abort(
@@ -204,13 +241,11 @@ runResults <- function(dir, opened, partial) {
   view
 }
 
-# Returns the results of a run of which nothing has been computed. `n`: the number of elements; NA if it is not known.
-noResults <- function(dir, n) {
+# Returns the store of a run that has none yet. `n`: the number of elements; NA if it is not known.
+emptyStore <- function(dir, n) {
   task <- tryCatch(readRDS(file.path(dir, "task.rds")), error = function(e) NULL, warning = function(w) NULL)
   if (!is.null(task)) n <- length(task$X)
-  results <- vector("list", if (is.na(n)) 0L else n)
-  names(results) <- names(task$X)
-  results
+  pendingStore(dir, if (is.na(n)) 0L else as.integer(n), names(task$X))
 }
 
 runErrors <- function(dir, opened) {
@@ -299,8 +334,15 @@ runCancel <- function(dir, opened, timeout) {
     endLingering(dir)
     return(invisible(TRUE))
   }
+  signalled <- !asked && isRunnerHere(status, dir) && tools::pskill(status$pid, tools::SIGINT)
+  if (!asked && !signalled && isLocked(dir)) {
+    abort(
+      "run_write_failed", "the runner of ", sQuote(dir), whereText(status), " cannot be told to end: ",
+      if (file.access(runnerFile(dir, ""), 2L) != 0L) "you have no permission to write to " else "cannot write to ",
+      sQuote(runnerFile(dir, "")), fields = list(dir = dir)
+    )
+  }
   began <- proc.time()[["elapsed"]]
-  signalled <- FALSE
   repeat {
     state <- runnerState(dir)
     if (state$state %in% finalStates && !isLocked(dir)) {
@@ -310,8 +352,8 @@ runCancel <- function(dir, opened, timeout) {
     }
     elapsed <- proc.time()[["elapsed"]] - began
     if (elapsed >= timeout) return(invisible(FALSE))
-    # The runner may be in code that looks at no file, or the disk may be full.
-    if (!signalled && (!asked || elapsed > 5) && isRunnerHere(state, dir)) {
+    # The runner may be in code that looks at no file.
+    if (!signalled && elapsed > 5 && isRunnerHere(state, dir)) {
       signalled <- tools::pskill(state$pid, tools::SIGINT)
     }
     Sys.sleep(0.05)
@@ -427,7 +469,7 @@ print.rustcluster_run <- function(x, ...) {
 
 #' @export
 format.rustcluster_run <- function(x, ..., command = FALSE) {
-  if (!isRun(x$dir)) return(paste0("<run ", x$dir, ": not there>"))
+  if (!isThere(x$dir) && is.null(closedDirectory(x$dir))) return(paste0("<run ", x$dir, ": not there>"))
   status <- tryCatch(x$status(), rustcluster_error = identity)
   if (inherits(status, "condition")) return(c(paste0("<run ", x$dir, ">"), conditionMessage(status)))
   printable(c(

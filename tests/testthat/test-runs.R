@@ -535,6 +535,55 @@ test_that("a run of which nothing was computed is replaced under its lock", {
   expect_error(startRun(failing, 1:2, sqrt), class = "rustcluster_run_differs")
 })
 
+test_that("an object and its views follow a run that is begun anew", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  on.exit(unlink(gate), add = TRUE)
+  run <- startRun(dir, c(a = 1, b = 2), function(i) stop("wrong"), spec = 1)
+  run$wait(60)
+  view <- run$results(partial = TRUE)
+  wait <- function(i, gate) {
+    while (!file.exists(gate)) Sys.sleep(0.02)
+    i
+  }
+  again <- startRun(dir, c(a = 1, b = 2), wait, gate = gate, spec = 1)
+  # The run is being replaced, or was: the old errors are not those of the new run.
+  for (i in 1:20) {
+    status <- run$status()
+    expect_identical(c(status$done, status$failed, status$total), c(0, 0, 2))
+    expect_match(format(run)[[2L]], "0 of 2 elements done")
+    expect_identical(nrow(run$errors()), 0L)
+    Sys.sleep(0.02)
+  }
+  early <- run$results(partial = TRUE)
+  expect_s3_class(early, "rustcluster_results")
+  expect_identical(early[1:2], list(a = NULL, b = NULL))
+  file.create(gate)
+  expect_identical(again$wait(60), "done")
+  for (results in list(run$results(), early, view)) expect_identical(as.list(results), list(a = 1, b = 2))
+  expect_output(print(early), "^<results of 2 elements in [^>]*>$")
+})
+
+test_that("a run without a store gives a view, which follows it", {
+  dir <- local_run_dir()
+  run <- startRun(dir, c(a = 1, b = 4), sqrt, spec = 1)
+  run$wait(60)
+  hidden <- paste0(dir, "-hidden")
+  on.exit(unlink(hidden), add = TRUE)
+  file.rename(file.path(dir, "run.rds"), hidden)
+  view <- run$results(partial = TRUE)
+  expect_s3_class(view, "rustcluster_results")
+  expect_identical(names(view), c("a", "b"))
+  expect_identical(as.list(view), list(a = NULL, b = NULL))
+  expect_error(view[["b"]], class = "rustcluster_not_computed")
+  expect_output(print(view), "missing: 2")
+  expect_identical(run$status()$done, 0)
+  expect_identical(nrow(run$errors()), 0L)
+  file.rename(hidden, file.path(dir, "run.rds"))
+  expect_identical(view[["b"]], 2)
+  expect_identical(as.list(view), list(a = 1, b = 2))
+})
+
 test_that("a start that is too late does not lose that a run is to be cancelled", {
   dir <- local_run_dir()
   gate <- tempfile("gate-")
