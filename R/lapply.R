@@ -47,7 +47,9 @@
 #'   reads results from the directory when they are used (class `rustcluster_results`; see [rustcluster_results]).
 #' @param .reuse (character) Which results in `.store` count. `"all"`, the default: those of a call with the same `X`;
 #'   another `X` is an error. `"same"`: those of the elements with the same content, so that `X` may grow or change.
-#'   With `.seed`, only elements at the same index are the same, because their random numbers depend on it.
+#'   With `.seed`, only elements at the same index are the same, because their random numbers depend on it. Results of
+#'   elements that `X` does not have now are kept for a later call. The type counts: `c(1:9, 10)` is double, and its
+#'   elements are others than those of `1:9`.
 #' @param .retry_errors (logical) Whether to compute elements again whose result in `.store` is an error. Default:
 #'   `TRUE`.
 #' @param .sync (number) The least time (seconds) between two calls of `fdatasync()`, which make all results durable
@@ -126,6 +128,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   checkStoring(.store, .collect, .retry_errors, .sync)
   .reuse <- tryCatch(match.arg(.reuse), error = function(e) badArgument(".reuse", "must be \"all\" or \"same\""))
   .save <- tryCatch(match.arg(.save), error = function(e) badArgument(".save", "must be \"head\" or \"hosts\""))
+  if (is.null(.store) && .reuse == "same") badArgument(".reuse", "can be \"same\" only with `.store`")
   checkSaving(.save, .save_dir, .store)
   if (!n && is.null(.store)) return(structure(list(), names = names(X)))
   store <- NULL
@@ -139,6 +142,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
     } else if (is.null(.onResult)) {
       askToSave(store, "session", least = longAnswer)
     }
+    if (!is.null(runner$opened)) runner$opened(store)
     saved <- if (.collect) savedResults(store)
     store$keep <- if (.collect) "always" else if (is.null(.onResult) && .errors != "stop") "never" else "until_reported"
   }

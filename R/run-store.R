@@ -437,7 +437,8 @@ changedElements <- function(before, now) {
 }
 
 # Gives each element of `X` its number in the run: that of an element with the same content, or a new one. The random
-# numbers of an element depend on its index, so that with a seed only elements at the same index are the same.
+# numbers of an element depend on its index, so that with a seed only elements at the same index are the same. `places`
+# of a run with a seed has the index of each number, also of those that `X` does not have now.
 regroup <- function(store, before, now, X) {
   info <- store$info
   old <- hexOf(before)
@@ -456,13 +457,16 @@ regroup <- function(store, before, now, X) {
   if (is.null(info$seed)) {
     ids <- match(numbered(new), numbered(old), incomparables = NA)
   } else {
-    at <- if (is.null(info$ids)) seq_len(info$n) else info$ids
-    at <- at[seq_along(new)]
-    ids <- ifelse(!is.na(at) & old[at] == new, at, NA_integer_)
+    places <- as.integer(info$places)
+    # Runs of earlier versions have none.
+    length(places) <- length(old)
+    places[if (is.null(info$ids)) seq_len(info$n) else info$ids] <- seq_len(info$n)
+    ids <- match(paste(seq_along(new), new), paste(places, old))
   }
   fresh <- which(is.na(ids))
   ids[fresh] <- length(old) + seq_along(fresh)
   store$info$ids <- as.integer(ids)
+  if (!is.null(info$seed)) store$info$places <- as.integer(c(places, fresh))
   # A copy of the directory gives the same numbers to other elements: their results must not be confused on hosts.
   store$info$folders <- c(foldersOf(store$info), randomText(8L))
   store$info$n <- length(new)

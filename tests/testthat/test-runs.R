@@ -550,7 +550,7 @@ test_that("an object and its views follow a run that is begun anew", {
   # The run is being replaced, or was: the old errors are not those of the new run.
   for (i in 1:20) {
     status <- run$status()
-    expect_identical(c(status$done, status$failed, status$total), c(0, 0, 2))
+    expect_identical(as.numeric(c(status$done, status$failed, status$total)), c(0, 0, 2))
     expect_match(format(run)[[2L]], "0 of 2 elements done")
     expect_identical(nrow(run$errors()), 0L)
     Sys.sleep(0.02)
@@ -577,7 +577,7 @@ test_that("a run without a store gives a view, which follows it", {
   expect_identical(as.list(view), list(a = NULL, b = NULL))
   expect_error(view[["b"]], class = "rustcluster_not_computed")
   expect_output(print(view), "missing: 2")
-  expect_identical(run$status()$done, 0)
+  expect_equal(run$status()$done, 0)
   expect_identical(nrow(run$errors()), 0L)
   file.rename(hidden, file.path(dir, "run.rds"))
   expect_identical(view[["b"]], 2)
@@ -673,6 +673,18 @@ test_that("a run that is done gets more elements at once", {
     expect_identical(run$wait(60), "done")
   }
   expect_identical(as.list(run$results()), lapply(1:4, sqrt))
+})
+
+test_that("the log of a run that gets fewer elements counts those that are there", {
+  dir <- local_run_dir()
+  startRun(dir, 1:6, sqrt, spec = 1, .seed = 1)$wait(60)
+  startRun(dir, 1:2, sqrt, spec = 1, .seed = 1, .reuse = "same")$wait(60)
+  run <- startRun(dir, 1:7, sqrt, spec = 1, .seed = 1, .reuse = "same")
+  run$wait(60)
+  said <- grep("computing", run$log(), value = TRUE)
+  expect_length(said, 3L)
+  expect_match(said[[2L]], "computing 0 elements, 2 are there already")
+  expect_match(said[[3L]], "computing 1 element, 6 are there already")
 })
 
 test_that("elements that failed before do not count for the rate", {

@@ -643,6 +643,16 @@ test_that("with a seed, elements keep their results at the same index", {
   expect_identical(call(c(1, 2, 3, 4)), 4)
   expect_identical(call(c(1, 9, 2, 3, 4)), c(2, 3, 4, 9))
   expect_identical(call(c(1, 9, 2)), numeric())
+  # Results beyond a shorter `X` are kept, and those that another element has replaced for a while.
+  expect_identical(call(c(1, 9, 2, 3, 4)), numeric())
+  expect_identical(call(c(1, 2, 3, 4)), numeric())
+  expect_identical(call(c(4, 2)), 4)
+  expect_identical(call(c(1, 9, 2, 3, 4, 5)), 5)
+})
+
+test_that("`.reuse` needs a directory", {
+  error <- expect_error(clusterLapply(cl, 1:2, sqrt, .reuse = "same"), class = "rustcluster_bad_argument")
+  expect_identical(error$argument, ".reuse")
 })
 
 # Disks and directories ------------------------------------------------------------------------------------------------
