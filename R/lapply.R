@@ -221,7 +221,7 @@ storedResults <- function(store, job, saved, names, errors) {
     if (errors != "return" && length(failed)) {
       first <- storeValue(store, failed[[1L]])
       if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, results)
-      raiseElementFailed(first, failed, results)
+      raiseElementFailed(first, failed, results, store$dir)
     }
     return(results)
   }
@@ -235,7 +235,7 @@ storedResults <- function(store, job, saved, names, errors) {
     ids <- if (is.null(store$info$ids)) absent else store$info$ids[absent]
     if (length(absent)) values[absent] <- storeValues(store, as.integer(ids))
   }
-  if (errors != "return" && length(failed)) raiseFailed(list(values = values, failed = failed))
+  if (errors != "return" && length(failed)) raiseFailed(list(values = values, failed = failed), store$dir)
   names(values) <- names
   values
 }
@@ -266,20 +266,23 @@ refuseUnknown <- function(verb, name, given, fun) {
   }
 }
 
-raiseFailed <- function(job) {
+# `dir`: the directory that has the results of the others, if there is one.
+raiseFailed <- function(job, dir = NULL) {
   first <- job$values[[job$failed[[1L]]]]
-  if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, job$values)
+  if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, job$values, dir = dir)
   job$values[job$failed] <- list(NULL)
-  raiseElementFailed(first, job$failed, job$values)
+  raiseElementFailed(first, job$failed, job$values, dir)
 }
 
 # `first`: the error of the first of these elements.
-raiseElementFailed <- function(first, failed, results) {
-  stop(elementFailed(first, failed, results, parent = attr(first, "condition")))
+raiseElementFailed <- function(first, failed, results, dir = NULL) {
+  where <- whereResults("rustcluster_element_failed", dir = dir)
+  stop(elementFailed(first, failed, results, parent = attr(first, "condition"), where = where))
 }
 
 # Returns the error of failed elements. `text`: the error of the first of them. `indices`: their indices.
-elementFailed <- function(text, indices, results, ...) {
+# `where`: where the results of the others are.
+elementFailed <- function(text, indices, results, ..., where = whereResults("rustcluster_element_failed")) {
   others <- length(indices) - 1L
   # The text of a worker failure or of a timeout names the element.
   element <- paste0("element ", indices[[1L]], " ")
@@ -288,7 +291,7 @@ elementFailed <- function(text, indices, results, ...) {
     paste0(
       if (!startsWith(text, element)) paste0(element, "failed: "), text,
       if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)")),
-      if (length(results) > length(indices)) whereResults("rustcluster_element_failed")
+      if (length(results) > length(indices)) where
     ),
     index = indices[[1L]], indices = indices, results = results, ...
   )

@@ -175,8 +175,8 @@ str.rustcluster_results <- function(object, ...) print(object)
 #' reads on any machine. Elements without a result are left out.
 #'
 #' @param dir (character) The directory of the run. It may be in use.
-#' @param to (character) The directory for the files. It is created if it does not exist. Files with the same names are
-#'   replaced.
+#' @param to (character) The directory for the files, which cannot be that of a run. It is created if it does not exist.
+#'   Files with the same names are replaced.
 #' @return The paths of the files, by element, invisibly; `NA` for elements without a result. An element is named by its
 #'   index, with leading zeros, or by its name, if all elements have names that are different and can be names of files.
 #'   An element that failed has the value that `.errors = "return"` of [clusterLapply()] gives it.
@@ -197,6 +197,10 @@ exportRun <- function(dir, to) {
   dir <- checkDir(dir, "dir")
   to <- checkDir(to, "to")
   if (!isRun(dir)) noRun(dir)
+  # Also where the directory does not exist yet.
+  if (startsWith(paste0(to, "/"), paste0(normalizePath(dir), "/")) || isRun(to)) {
+    badArgument("to", "is the directory of a run, or is in it; the files of a run must stay alone: ", to)
+  }
   store <- storeOf(dir, new.env(parent = emptyenv()))
   if (is.null(store)) store <- emptyStore(dir, NA_integer_)
   if (!dir.exists(to) && !dir.create(to, showWarnings = FALSE, recursive = TRUE) && !dir.exists(to)) {

@@ -278,7 +278,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
     if (new) {
       others <- setdiff(list.files(dir, all.files = TRUE, no.. = TRUE), ownFiles)
       if (length(others) || length(list.files(file.path(dir, "results")))) {
-        badArgument(".store", "is a directory with other files than those of a run: ", dir)
+        badArgument(".store", "is a directory with other files than those of a run; use a new or an empty one: ", dir)
       }
       info <- newRunInfo(X)
     }
@@ -420,6 +420,12 @@ pickHashes <- function(hashes, ids) {
 
 # Returns which parts of a function or of its arguments have changed.
 changedParts <- function(before, now) {
+  # A primitive function has neither arguments nor a body: it is one part, with the name of the whole.
+  whole <- grep("^(`FUN`|the loop)$", c(names(before), names(now)), value = TRUE)
+  if (length(whole) == 1L) {
+    others <- function(parts) parts[!endsWith(sub(" uses$", "", names(parts)), whole)]
+    return(c(paste(whole, "changed"), changedParts(others(before), others(now))))
+  }
   both <- intersect(names(before), names(now))
   changed <- both[before[both] != now[both]]
   that <- function(parts, verb) if (length(parts)) paste(sub("(, which .* uses)$", "\\1,", parts), verb)

@@ -57,11 +57,11 @@
 #'   }
 #'
 #' @section Errors:
-#' `rustcluster_run_unreadable`: the directory holds no run. `rustcluster_run_incomplete`: `results()` of a run with
+#' `rustcluster_run_unreadable`: the directory holds no run, or you may not read it. `rustcluster_run_incomplete`: `results()` of a run with
 #' missing elements; fields `dir`, `state`, `missing` (their number). `rustcluster_element_failed`: `results()` of a run
 #' with failed elements; fields as in [clusterLapply()]. `rustcluster_run_failed`: the runner of `resume()` could not be
 #' started. `rustcluster_run_locked`: `cancel()` of a run that a call of [clusterLapply()] computes.
-#' `rustcluster_bad_argument`. A warning of class `rustcluster_run_workers_left`: `cancel()` could not end workers that
+#' `rustcluster_run_write_failed`: `cancel()` may not write to the directory. `rustcluster_bad_argument`. A warning of class `rustcluster_run_workers_left`: `cancel()` could not end workers that
 #' wait for the next runner; fields `dir`, `id` (of their cluster).
 #' @seealso [startRun()], [listRuns()], [runs()]
 #' @examples
@@ -225,7 +225,10 @@ runResults <- function(dir, opened, partial) {
       "run_incomplete", "the run in ", sQuote(dir), " is ", state, ": ",
       if (is.na(missing)) "its elements" else paste(missing, "of", counted(counts[["n"]], "element")),
       if (isTRUE(counts[["n"]] == 1)) " has" else " have", " no result yet",
-      if (is.null(store)) "" else "; results(partial = TRUE) returns those that are there",
+      if (!is.null(store)) "; results(partial = TRUE) returns those that are there",
+      if (state %in% setdiff(finalStates, "done") && file.exists(file.path(dir, "task.rds"))) {
+        "; resume() continues the run"
+      },
       fields = list(dir = dir, state = state, missing = missing)
     )
   }
@@ -233,10 +236,10 @@ runResults <- function(dir, opened, partial) {
   failed <- if (!partial) storeFailed(store)
   if (length(failed)) {
     first <- storeValue(store, failed[[1L]])
-    error <- elementFailed(trimws(first), failed, view, parent = attr(first, "condition"))
-    error$message <- sub("\n?[^\n]*rustcluster_element_failed[^\n]*$", "", error$message)
-    error$message <- paste0(error$message, "\nerrors() lists all of them; results(partial = TRUE) returns the others")
-    stop(error)
+    stop(elementFailed(
+      trimws(first), failed, view, parent = attr(first, "condition"),
+      where = "\nerrors() lists all of them; results(partial = TRUE) returns the others"
+    ))
   }
   view
 }
@@ -388,6 +391,8 @@ isRunnerHere <- function(state, dir) {
 runResume <- function(dir, opened, spec, packages, cluster, wait, has_spec) {
   wait <- plain(wait)
   between(wait, ".wait", "a number of seconds", 0, 1e6)
+  checked <- runnerSettings(spec, packages, if (is.null(cluster)) list() else cluster)
+  if (!isThere(dir)) noRun(dir, " any more")
   if (!file.exists(file.path(dir, "task.rds"))) {
     abort(
       "run_failed", sQuote(dir), " does not say how to compute its elements: it was made by ",
@@ -402,7 +407,6 @@ runResume <- function(dir, opened, spec, packages, cluster, wait, has_spec) {
   # A crash of the machine at the start of the run has left none.
   if (is.null(settings)) settings <- runnerSettings(NULL, NULL, list())
   if (has_spec) settings["spec"] <- list(spec)
-  checked <- runnerSettings(spec, packages, if (is.null(cluster)) list() else cluster)
   if (!is.null(packages)) settings$packages <- checked$packages
   if (!is.null(cluster)) settings$cluster <- checked$cluster
   awaitUnlocked(dir)
@@ -521,7 +525,12 @@ workText <- function(status) {
 # Returns what to know and to do about a run that has not ended well.
 endText <- function(run, status, command) {
   resume <- if (!command) {
-    "resume() continues the run"
+    # The cluster could not be made.
+    if (status$state == "failed" && !status$done) {
+      "resume() tries again, and resume(spec = , packages = ) with other workers or packages"
+    } else {
+      "resume() continues the run"
+    }
   } else {
     paste0("`resume ", if (status$state == "cancelled") "--cancelled ", "DIR` continues the run")
   }

@@ -436,13 +436,86 @@ test_that("errors at the start are raised, and the directory can be used again",
   expect_error(startRun(other, 1:3, sqrt, cluster = list(thread = 2)), "threads", class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, cluster = list(spec = 2)), class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, export = "unheard_of"), class = "rustcluster_bad_argument")
-  expect_error(startRun(file.path(other, "b", "c"), 1:3, sqrt), class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt, spec = cl), "makes its own cluster", class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt, spec = "a b"), "must name a host", class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, .seed = "a"), class = "rustcluster_bad_argument")
   expect_false(file.exists(other))
-  expect_error(openRun(other), class = "rustcluster_run_unreadable")
+  expect_error(openRun(other), "no such directory", class = "rustcluster_run_unreadable")
+  expect_error(openRun(), "missing", class = "rustcluster_bad_argument")
   dir.create(other)
   writeLines("mine", file.path(other, "notes.txt"))
-  expect_error(startRun(other, 1:3, sqrt), "other files", class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt), "other files.*empty one", class = "rustcluster_bad_argument")
+  expect_error(startRun(file.path(other, "notes.txt", "b"), 1:3, sqrt), "is a file", class = "rustcluster_bad_argument")
+})
+
+test_that("directories above that of a run are created, and the files of a run stay alone", {
+  above <- local_run_dir()
+  dir <- file.path(above, "b", "c")
+  run <- startRun(dir, 1:3, sqrt, spec = 1)
+  expect_identical(run$wait(60), "done")
+  expect_identical(run$dir, normalizePath(dir))
+  for (to in c(dir, file.path(dir, "results"), file.path(dir, "new"))) {
+    expect_error(exportRun(dir, to), "directory of a run", class = "rustcluster_bad_argument")
+  }
+  expect_identical(readRDS(exportRun(dir, file.path(above, "b", "files"))[[2L]]), sqrt(2))
+  expect_length(list.files(file.path(dir, "results"), "rds$"), 0L)
+  # Arguments are checked also if there is nothing to do.
+  expect_error(run$resume(packages = 3), class = "rustcluster_bad_argument")
+  expect_error(run$resume(spec = "a b"), class = "rustcluster_bad_argument")
+})
+
+test_that("a run that could not start says how it can", {
+  dir <- local_run_dir()
+  expect_error(startRun(dir, 1:3, sqrt, spec = 1, packages = "rustclusterNone", .wait = 60),
+               class = "rustcluster_run_failed")
+  run <- openRun(dir)
+  expect_match(paste(format(run), collapse = "\n"), "resume(spec = , packages = )", fixed = TRUE)
+  expect_error(run$results(), "resume() continues", fixed = TRUE, class = "rustcluster_run_incomplete")
+  expect_true(run$resume(packages = "tools"))
+  expect_identical(run$wait(60), "done")
+})
+
+test_that("a session that computes a run is not taken for its runner", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  on.exit(unlink(gate), add = TRUE)
+  fun <- function(i, gate) {
+    while (!file.exists(gate)) Sys.sleep(0.02)
+    i
+  }
+  child <- start_child({
+    cl <- makeRustCluster(1)
+    invisible(clusterLapply(cl, 1:2, fun, gate = gate, .store = dir))
+    stopCluster(cl)
+  }, values = list(dir = dir, gate = gate, fun = fun))
+  expect_true(wait_until(function() dir.exists(dir) && tryCatch(openRun(dir)$status()$state == "running",
+                                                                error = function(e) FALSE)))
+  error <- expect_error(startRun(dir, 1:2, fun, gate = gate, spec = 1), "clusterLapply", class = "rustcluster_run_locked")
+  expect_identical(error$pid, openRun(dir)$status()$pid)
+  file.create(gate)
+  expect_child_ends_well(child)
+})
+
+test_that("a run of another user cannot be read, or not be told to end", {
+  skip_if(Sys.info()[["effective_user"]] == "root", "root may do everything")
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  on.exit(unlink(gate), add = TRUE)
+  run <- startRun(dir, 1:2, function(i, gate) while (!file.exists(gate)) Sys.sleep(0.02), gate = gate, spec = 1)
+  on.exit(Sys.chmod(c(dir, file.path(dir, "runner")), "700"), add = TRUE, after = FALSE)
+  Sys.chmod(dir, "000")
+  for (look in list(function() openRun(dir), run$status, run$errors, run$resume, run$cancel)) {
+    expect_error(look(), "permission", class = "rustcluster_run_unreadable")
+  }
+  expect_match(paste(format(run), collapse = " "), "permission")
+  Sys.chmod(dir, "700")
+  # This user may signal the runner; another one may not.
+  Sys.chmod(file.path(dir, "runner"), "500")
+  local_mocked_bindings(isRunnerHere = function(...) FALSE, .package = "rustcluster")
+  expect_error(run$cancel(), "permission", class = "rustcluster_run_write_failed")
+  file.create(gate)
+  Sys.chmod(file.path(dir, "runner"), "700")
+  expect_identical(run$wait(60), "done")
 })
 
 test_that("the same call again attaches to a run, continues it, or names what differs", {
@@ -803,6 +876,28 @@ test_that("runs at the command line", {
   expect_command(c("resume", "--failed", failing), 0, "runner 2")
   expect_identical(openRun(failing)$wait(60), "done")
   expect_identical(openRun(failing)$status()$attempt, 2L)
+})
+
+test_that("a wrong command says what is wrong", {
+  run <- function(...) {
+    code <- sprintf("rustcluster::runs(c(%s))", toString(dQuote(c(...), FALSE)))
+    out <- suppressWarnings(system2(file.path(R.home("bin"), "Rscript"), c("-e", shQuote(code)), stdout = TRUE,
+                                    stderr = TRUE))
+    list(status = c(attr(out, "status"), 0L)[[1L]], said = out)
+  }
+  help <- run("--help")
+  expect_identical(help$status, 0L)
+  expect_match(help$said[[1L]], "^usage")
+  for (case in list(
+    list("statu", "did you mean `status`"), list("status", "needs the directory"),
+    list(c("status", "--failed", "a"), "only for `resume`"), list(c("wait", "a", "b"), "not a number of seconds"),
+    list(c("status", "a", "b"), "too many")
+  )) {
+    wrong <- run(case[[1L]])
+    expect_identical(wrong$status, 2L)
+    expect_match(wrong$said[[1L]], case[[2L]])
+    expect_match(wrong$said[[2L]], "^usage")
+  }
 })
 
 test_that("a promise of a run is fulfilled or rejected", {
