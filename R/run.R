@@ -124,7 +124,7 @@ storeOf <- function(dir, opened) {
 }
 
 # Returns whether a directory holds a run, or a call of clusterLapply() begins one.
-isThere <- function(dir) isRun(dir) || dir.exists(dir) && !is.null(storeLocked(dir))
+isThere <- function(dir) isRun(dir) || file.access(dir, 1L) == 0L && !is.null(storeLocked(dir))
 
 # `more`: what follows "holds no run".
 noRun <- function(dir, more = "") {
@@ -165,6 +165,7 @@ finalStates <- c("done", "failed", "cancelled", "interrupted")
 
 # Returns the state of a run without looking at its results: a list of at least `state`, `pid` and `host`.
 runnerState <- function(dir) {
+  if (!isRun(dir) && !is.null(closedDirectory(dir))) noRun(dir)
   # Look at the lock first: a runner writes its final state before it loses the lock.
   locked <- isLocked(dir)
   state <- readState(dir)
@@ -340,9 +341,9 @@ runCancel <- function(dir, opened, timeout) {
   signalled <- !asked && isRunnerHere(status, dir) && tools::pskill(status$pid, tools::SIGINT)
   if (!asked && !signalled && isLocked(dir)) {
     abort(
-      "run_write_failed", "the runner of ", sQuote(dir), whereText(status), " cannot be told to end: ",
-      if (file.access(runnerFile(dir, ""), 2L) != 0L) "you have no permission to write to " else "cannot write to ",
-      sQuote(runnerFile(dir, "")), fields = list(dir = dir)
+      "run_write_failed", "the runner of ", sQuote(dir), runPlace(status), " cannot be told to end: ",
+      if (file.access(dirname(cancel), 2L) != 0L) "you have no permission to write to " else "cannot write to ",
+      sQuote(dirname(cancel)), fields = list(dir = dir)
     )
   }
   began <- proc.time()[["elapsed"]]
