@@ -19,7 +19,8 @@
 #'   \item{`log DIR [LINES]`}{Print the end of the log, by default 20 lines.}
 #' }
 #'
-#' `--help` prints the commands. The exit status is 2 after a wrong command, and 1 after any error, whose message is printed on standard error.
+#' `--help` prints the commands. The exit status is 2 after a wrong command, and 1 after any error, whose message is
+#' printed on standard error.
 #'
 #' @section cron:
 #' With a line like this in the crontab, a run continues after a restart of the machine:

@@ -57,12 +57,13 @@
 #'   }
 #'
 #' @section Errors:
-#' `rustcluster_run_unreadable`: the directory holds no run, or you may not read it. `rustcluster_run_incomplete`: `results()` of a run with
-#' missing elements; fields `dir`, `state`, `missing` (their number). `rustcluster_element_failed`: `results()` of a run
-#' with failed elements; fields as in [clusterLapply()]. `rustcluster_run_failed`: the runner of `resume()` could not be
-#' started. `rustcluster_run_locked`: `cancel()` of a run that a call of [clusterLapply()] computes.
-#' `rustcluster_run_write_failed`: `cancel()` may not write to the directory. `rustcluster_bad_argument`. A warning of class `rustcluster_run_workers_left`: `cancel()` could not end workers that
-#' wait for the next runner; fields `dir`, `id` (of their cluster).
+#' `rustcluster_run_unreadable`: the directory holds no run, or you may not read it. `rustcluster_run_incomplete`:
+#' `results()` of a run with missing elements; fields `dir`, `state`, `missing` (their number).
+#' `rustcluster_element_failed`: `results()` of a run with failed elements; fields as in [clusterLapply()].
+#' `rustcluster_run_failed`: the runner of `resume()` could not be started. `rustcluster_run_locked`: `cancel()` of a
+#' run that a call of [clusterLapply()] computes. `rustcluster_run_write_failed`: `cancel()` may not write to the
+#' directory. `rustcluster_bad_argument`. A warning of class `rustcluster_run_workers_left`: `cancel()` could not end
+#' workers that wait for the next runner; fields `dir`, `id` (of their cluster).
 #' @seealso [startRun()], [listRuns()], [runs()]
 #' @examples
 #' # Not in tempdir(), which is removed when the session ends.
@@ -104,7 +105,7 @@ newRun <- function(dir) {
 # Returns the store of a run as it is now, or NULL if there is none yet. `opened` keeps it open.
 storeOf <- function(dir, opened) {
   repeat {
-    if (!isThere(dir)) noRun(dir, " any more")
+    if (!isRunOrBegins(dir)) noRun(dir, " any more")
     # What a run without any value has left is not the run that replaces it.
     info <- if (!isTRUE(readState(dir)$replaces)) readRunInfo(dir)
     if (is.null(info)) {
@@ -124,7 +125,7 @@ storeOf <- function(dir, opened) {
 }
 
 # Returns whether a directory holds a run, or a call of clusterLapply() begins one.
-isThere <- function(dir) isRun(dir) || file.access(dir, 1L) == 0L && !is.null(storeLocked(dir))
+isRunOrBegins <- function(dir) isRun(dir) || file.access(dir, 1L) == 0L && !is.null(storeLocked(dir))
 
 # `more`: what follows "holds no run".
 noRun <- function(dir, more = "") {
@@ -393,7 +394,7 @@ runResume <- function(dir, opened, spec, packages, cluster, wait, has_spec) {
   wait <- plain(wait)
   between(wait, ".wait", "a number of seconds", 0, 1e6)
   checked <- runnerSettings(spec, packages, if (is.null(cluster)) list() else cluster)
-  if (!isThere(dir)) noRun(dir, " any more")
+  if (!isRunOrBegins(dir)) noRun(dir, " any more")
   if (!file.exists(file.path(dir, "task.rds"))) {
     abort(
       "run_failed", sQuote(dir), " does not say how to compute its elements: it was made by ",
@@ -474,7 +475,7 @@ print.rustcluster_run <- function(x, ...) {
 
 #' @export
 format.rustcluster_run <- function(x, ..., command = FALSE) {
-  if (!isThere(x$dir) && is.null(closedDirectory(x$dir))) return(paste0("<run ", x$dir, ": not there>"))
+  if (!isRunOrBegins(x$dir) && is.null(closedDirectory(x$dir))) return(paste0("<run ", x$dir, ": not there>"))
   status <- tryCatch(x$status(), rustcluster_error = identity)
   if (inherits(status, "condition")) return(c(paste0("<run ", x$dir, ">"), conditionMessage(status)))
   printable(c(

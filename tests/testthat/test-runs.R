@@ -478,7 +478,7 @@ test_that("a run that could not start says how it can", {
 test_that("a session that computes a run is not taken for its runner", {
   dir <- local_run_dir()
   gate <- tempfile("gate-")
-  on.exit(unlink(gate), add = TRUE)
+  on.exit(unlink(gate), add = TRUE, after = FALSE)
   fun <- function(i, gate) {
     while (!file.exists(gate)) Sys.sleep(0.02)
     i
@@ -500,7 +500,7 @@ test_that("a run without permission cannot be read, and the runner is told to en
   skip_if(Sys.info()[["effective_user"]] == "root", "root may do everything")
   dir <- local_run_dir()
   gate <- tempfile("gate-")
-  on.exit(unlink(gate), add = TRUE)
+  on.exit(unlink(gate), add = TRUE, after = FALSE)
   run <- startRun(dir, 1:2, function(i, gate) while (!file.exists(gate)) Sys.sleep(0.02), gate = gate, spec = 1)
   on.exit(Sys.chmod(c(dir, file.path(dir, "runner")), "700"), add = TRUE, after = FALSE)
   Sys.chmod(dir, "000")
@@ -608,7 +608,7 @@ test_that("a run of which nothing was computed is replaced under its lock", {
 test_that("an object and its views follow a run that is begun anew", {
   dir <- local_run_dir()
   gate <- tempfile("gate-")
-  on.exit(unlink(gate), add = TRUE)
+  on.exit(unlink(gate), add = TRUE, after = FALSE)
   run <- startRun(dir, c(a = 1, b = 2), function(i) stop("wrong"), spec = 1)
   run$wait(60)
   view <- run$results(partial = TRUE)
@@ -639,7 +639,7 @@ test_that("a run without a store gives a view, which follows it", {
   run <- startRun(dir, c(a = 1, b = 4), sqrt, spec = 1)
   run$wait(60)
   hidden <- paste0(dir, "-hidden")
-  on.exit(unlink(hidden), add = TRUE)
+  on.exit(unlink(hidden), add = TRUE, after = FALSE)
   file.rename(file.path(dir, "run.rds"), hidden)
   view <- run$results(partial = TRUE)
   expect_s3_class(view, "rustcluster_results")
