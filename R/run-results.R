@@ -3,8 +3,8 @@
 #' Results in a directory
 #'
 #' [clusterLapply()] with `.store` and `.collect = FALSE` returns a view of the results in the directory. A result is
-#' read when it is used, and only the results of one file record are kept in memory. A view can be saved and loaded; it
-#' then reads the same directory.
+#' read when it is used, and only the results of one file record are kept in memory. A view of a run that goes on has
+#' the results that are there when it is used. A view can be saved and loaded; it then reads the same directory.
 #'
 #' `length()` and `names()` are those of `X`. `view[[i]]` reads a result, by its index or its name. An element that
 #' failed has the value that `.errors = "return"` gives it. `view[i]` and `as.list()` return lists, with `NULL` for

@@ -106,19 +106,21 @@ newRun <- function(dir) {
 storeOf <- function(dir, opened) {
   repeat {
     if (!isRunOrBegins(dir)) noRun(dir, " any more")
-    # What a run without any value has left is not the run that replaces it.
-    info <- if (!isTRUE(readState(dir)$replaces)) readRunInfo(dir)
-    if (is.null(info)) {
-      opened$store <- NULL
-      return(NULL)
-    }
-    store <- tryCatch(
+    replaced <- isTRUE(readState(dir)$replaces)
+    info <- readRunInfo(dir)
+    store <- if (!is.null(info)) tryCatch(
       if (identical(opened$store$info$id, info$id)) refreshStore(opened$store) else openStore(dir, info = info),
       rustcluster_run_unreadable = identity
     )
-    if (!inherits(store, "condition")) break
+    failed <- inherits(store, "condition")
+    # What a run without any value has left is not the run that replaces it.
+    if (is.null(info) || replaced && (failed || !any(storeStates(store) == 1L))) {
+      opened$store <- NULL
+      return(NULL)
+    }
+    if (!failed) break
     # The files may have been removed because the run is begun anew.
-    if (identical(readRunInfo(dir)$id, info$id) && !isTRUE(readState(dir)$replaces)) stop(store)
+    if (identical(readRunInfo(dir)$id, info$id)) stop(store)
   }
   opened$store <- store
   store
@@ -130,15 +132,14 @@ isRunOrBegins <- function(dir) isRun(dir) || file.access(dir, 1L) == 0L && !is.n
 # `more`: what follows "holds no run".
 noRun <- function(dir, more = "") {
   closed <- closedDirectory(dir)
-  abort(
-    "run_unreadable", sQuote(dir),
-    if (length(closed)) {
-      paste0(" cannot be read: you have no permission for ", if (closed == dir) "it" else sQuote(closed))
-    } else {
-      paste0(" holds no run", more, if (!nzchar(more) && !dir.exists(dir)) ": there is no such directory")
-    },
-    fields = list(dir = dir)
-  )
+  if (length(closed)) {
+    abort(
+      "run_unreadable", sQuote(dir), " cannot be read: you have no permission",
+      if (closed != dir) paste(" for", sQuote(closed)), fields = list(dir = dir)
+    )
+  }
+  abort("run_unreadable", sQuote(dir), " holds no run", more, if (!dir.exists(dir)) ": there is no such directory",
+        fields = list(dir = dir))
 }
 
 # Returns the directory in which this user may not look for the files of a run, or NULL.

@@ -18,7 +18,7 @@
 #' closed, or when RStudio Server suspends the session. Results are in the directory as soon as they are computed. If
 #' the runner or its machine dies, `resume()` computes what is missing.
 #'
-#' A script with `startRun()` can simply be run again. The call returns at once if the run is being computed or all of
+#' A script with `startRun()` can simply be run again. The call returns at once if a runner computes the run or all of
 #' its elements have a value, and continues it otherwise: it computes what is missing and, unless `.retry_errors` is
 #' `FALSE`, what has failed, also if the run is done. A call with another `X` or `FUN` is an error, unless no element
 #' has a value yet: the run is then begun anew.
