@@ -490,7 +490,8 @@ test_that("a session that computes a run is not taken for its runner", {
   }, values = list(dir = dir, gate = gate, fun = fun))
   expect_true(wait_until(function() dir.exists(dir) && tryCatch(openRun(dir)$status()$state == "running",
                                                                 error = function(e) FALSE)))
-  error <- expect_error(startRun(dir, 1:2, fun, gate = gate, spec = 1), "clusterLapply", class = "rustcluster_run_locked")
+  error <- expect_error(startRun(dir, 1:2, fun, gate = gate, spec = 1), "clusterLapply",
+                        class = "rustcluster_run_locked")
   expect_identical(error$pid, openRun(dir)$status()$pid)
   file.create(gate)
   expect_child_ends_well(child)
