@@ -112,6 +112,7 @@ foreachOptions <- function(options) {
   if (!is.character(known$reuse) || length(known$reuse) != 1L || !known$reuse %in% c("all", "same")) {
     refuse("`reuse` must be \"all\" or \"same\"")
   }
+  if (is.null(known$store) && known$reuse == "same") refuse("`reuse` can be \"same\" only with `store`")
   checkStoring(known$store, TRUE, known$retry_errors, known$sync, c("retry_errors", "sync"))
   known
 }

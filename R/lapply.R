@@ -47,7 +47,9 @@
 #'   reads results from the directory when they are used (class `rustcluster_results`; see [rustcluster_results]).
 #' @param .reuse (character) Which results in `.store` count. `"all"`, the default: those of a call with the same `X`;
 #'   another `X` is an error. `"same"`: those of the elements with the same content, so that `X` may grow or change.
-#'   With `.seed`, only elements at the same index are the same, because their random numbers depend on it.
+#'   With `.seed`, only elements at the same index are the same, because their random numbers depend on it. Results of
+#'   elements that `X` does not have now are kept for a later call. The type counts: `c(1:9, 10)` is double, and its
+#'   elements are others than those of `1:9`.
 #' @param .retry_errors (logical) Whether to compute elements again whose result in `.store` is an error. Default:
 #'   `TRUE`.
 #' @param .sync (number) The least time (seconds) between two calls of `fdatasync()`, which make all results durable
@@ -126,6 +128,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   checkStoring(.store, .collect, .retry_errors, .sync)
   .reuse <- tryCatch(match.arg(.reuse), error = function(e) badArgument(".reuse", "must be \"all\" or \"same\""))
   .save <- tryCatch(match.arg(.save), error = function(e) badArgument(".save", "must be \"head\" or \"hosts\""))
+  if (is.null(.store) && .reuse == "same") badArgument(".reuse", "can be \"same\" only with `.store`")
   checkSaving(.save, .save_dir, .store)
   if (!n && is.null(.store)) return(structure(list(), names = names(X)))
   store <- NULL
@@ -139,6 +142,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
     } else if (is.null(.onResult)) {
       askToSave(store, "session", least = longAnswer)
     }
+    if (!is.null(runner$opened)) runner$opened(store)
     saved <- if (.collect) savedResults(store)
     store$keep <- if (.collect) "always" else if (is.null(.onResult) && .errors != "stop") "never" else "until_reported"
   }
@@ -217,7 +221,7 @@ storedResults <- function(store, job, saved, names, errors) {
     if (errors != "return" && length(failed)) {
       first <- storeValue(store, failed[[1L]])
       if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, results)
-      raiseElementFailed(first, failed, results)
+      raiseElementFailed(first, failed, results, store$dir)
     }
     return(results)
   }
@@ -231,7 +235,7 @@ storedResults <- function(store, job, saved, names, errors) {
     ids <- if (is.null(store$info$ids)) absent else store$info$ids[absent]
     if (length(absent)) values[absent] <- storeValues(store, as.integer(ids))
   }
-  if (errors != "return" && length(failed)) raiseFailed(list(values = values, failed = failed))
+  if (errors != "return" && length(failed)) raiseFailed(list(values = values, failed = failed), store$dir)
   names(values) <- names
   values
 }
@@ -262,20 +266,23 @@ refuseUnknown <- function(verb, name, given, fun) {
   }
 }
 
-raiseFailed <- function(job) {
+# `dir`: the directory that has the results of the others, if there is one.
+raiseFailed <- function(job, dir = NULL) {
   first <- job$values[[job$failed[[1L]]]]
-  if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, job$values)
+  if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, job$values, dir = dir)
   job$values[job$failed] <- list(NULL)
-  raiseElementFailed(first, job$failed, job$values)
+  raiseElementFailed(first, job$failed, job$values, dir)
 }
 
 # `first`: the error of the first of these elements.
-raiseElementFailed <- function(first, failed, results) {
-  stop(elementFailed(first, failed, results, parent = attr(first, "condition")))
+raiseElementFailed <- function(first, failed, results, dir = NULL) {
+  where <- whereResults("rustcluster_element_failed", dir = dir)
+  stop(elementFailed(first, failed, results, parent = attr(first, "condition"), where = where))
 }
 
 # Returns the error of failed elements. `text`: the error of the first of them. `indices`: their indices.
-elementFailed <- function(text, indices, results, ...) {
+# `where`: where the results of the others are.
+elementFailed <- function(text, indices, results, ..., where = whereResults("rustcluster_element_failed")) {
   others <- length(indices) - 1L
   # The text of a worker failure or of a timeout names the element.
   element <- paste0("element ", indices[[1L]], " ")
@@ -284,7 +291,7 @@ elementFailed <- function(text, indices, results, ...) {
     paste0(
       if (!startsWith(text, element)) paste0(element, "failed: "), text,
       if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)")),
-      if (length(results) > length(indices)) whereResults("rustcluster_element_failed")
+      if (length(results) > length(indices)) where
     ),
     index = indices[[1L]], indices = indices, results = results, ...
   )

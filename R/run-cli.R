@@ -19,7 +19,8 @@
 #'   \item{`log DIR [LINES]`}{Print the end of the log, by default 20 lines.}
 #' }
 #'
-#' The exit status is 2 after a wrong command, and 1 after any error, whose message is printed on standard error.
+#' `--help` prints the commands. The exit status is 2 after a wrong command, and 1 after any error, whose message is
+#' printed on standard error.
 #'
 #' @section cron:
 #' With a line like this in the crontab, a run continues after a restart of the machine:
@@ -28,11 +29,13 @@
 #'
 #' cron has neither the `PATH` nor the variables of a session, and starts in the home directory: give the path of
 #' Rscript and the absolute path of the run, and in `R_LIBS` the library that contains this package, unless R finds it
-#' without. This prints the line for a run:
+#' without. cron takes a `%` for the end of the line, unless there is a backslash before it. This prints the line for a
+#' run:
 #'
 #' ```
-#' cat("@@reboot R_LIBS=", paste(.libPaths(), collapse = ":"), " ", R.home("bin"),
-#'     "/Rscript -e 'rustcluster::runs()' resume ", run$dir, "\n", sep = "")
+#' line <- paste0("R_LIBS=", shQuote(paste(.libPaths(), collapse = ":")), " ",
+#'   shQuote(file.path(R.home("bin"), "Rscript")), " -e 'rustcluster::runs()' resume ", shQuote(run$dir))
+#' cat("@@reboot ", gsub("%", "\\%", line, fixed = TRUE), "\n", sep = "")
 #' ```
 #'
 #' @param args (character) The command and its arguments. Default: those of the command line.
@@ -65,15 +68,32 @@ runCommand <- function(args) {
     print(listRuns())
     return(0L)
   }
+  usage <- c(
+    "usage: Rscript -e 'rustcluster::runs()' list | status DIR | wait DIR [SECONDS] | cancel DIR |",
+    "       resume [--cancelled] [--failed] DIR | errors DIR | log DIR [LINES]"
+  )
+  if (command == "help" || any(c("--help", "-h") %in% args)) {
+    writeLines(usage)
+    return(0L)
+  }
   optional <- command %in% c("wait", "log") && length(args) == 3L
   number <- if (optional) suppressWarnings(as.numeric(args[[3L]]))
-  known <- c("status", "wait", "cancel", "resume", "errors", "log")
-  if (!command %in% known || !(length(args) == 2L || optional) || isTRUE(is.na(number)) ||
-        ((cancelled || failed) && command != "resume")) {
-    cat(
-      "usage: Rscript -e 'rustcluster::runs()' list | status DIR | wait DIR [SECONDS] | cancel DIR |",
-      "       resume [--cancelled] [--failed] DIR | errors DIR | log DIR [LINES]", sep = "\n", file = stderr()
-    )
+  known <- c("list", "status", "wait", "cancel", "resume", "errors", "log")
+  flags <- c(if (cancelled) "--cancelled", if (failed) "--failed")
+  unknown <- grep("^-", args[-1L], value = TRUE)
+  wrong <- if (!command %in% known) {
+    paste0("unknown command ", sQuote(command), didYouMean(command, known))
+  } else if (length(flags) && command != "resume") {
+    paste(flags[[1L]], "is only for `resume`")
+  } else if (length(args) == 1L) {
+    paste0("`", command, "` needs the directory of a run")
+  } else if (command == "list" || length(args) > 2L && !optional) {
+    paste0("too many arguments: ", sQuote(if (length(unknown)) unknown[[1L]] else args[[length(args)]]))
+  } else if (isTRUE(is.na(number))) {
+    paste0(sQuote(args[[3L]]), " is not a number of ", if (command == "wait") "seconds" else "lines")
+  }
+  if (length(wrong)) {
+    cat(paste0("error: ", wrong), usage, sep = "\n", file = stderr())
     return(2L)
   }
   run <- openRun(args[[2L]])

@@ -3,8 +3,8 @@
 #' Results in a directory
 #'
 #' [clusterLapply()] with `.store` and `.collect = FALSE` returns a view of the results in the directory. A result is
-#' read when it is used, and only the results of one file record are kept in memory. A view can be saved and loaded; it
-#' then reads the same directory.
+#' read when it is used, and only the results of one file record are kept in memory. A view of a run that goes on has
+#' the results that are there when it is used. A view can be saved and loaded; it then reads the same directory.
 #'
 #' `length()` and `names()` are those of `X`. `view[[i]]` reads a result, by its index or its name. An element that
 #' failed has the value that `.errors = "return"` gives it. `view[i]` and `as.list()` return lists, with `NULL` for
@@ -42,6 +42,13 @@ resultsView <- function(store) {
 
 # Views that earlier versions have saved are lists.
 storeOfView <- function(x) .subset2(x, "store")
+
+# Returns the store of a view with what has been written since, if something is missing.
+currentStore <- function(x) {
+  store <- storeOfView(x)
+  if (any(storeStates(store) != 1L) && hasStore(store$dir)) refreshStore(store)
+  store
+}
 
 #' @export
 length.rustcluster_results <- function(x) as.integer(storeOfView(x)$info$n)
@@ -125,9 +132,9 @@ readOnly <- function() {
 #' @rdname rustcluster_results
 #' @export
 `[.rustcluster_results` <- function(x, i, ...) {
+  store <- currentStore(x)
   at <- stats::setNames(seq_along(x), names(x))
   at <- if (missing(i)) at else at[i]
-  store <- storeOfView(x)
   ids <- store$info$ids
   known <- which(!is.na(at))
   wanted <- if (is.null(ids)) unname(at[known]) else ids[at[known]]
@@ -140,14 +147,14 @@ readOnly <- function() {
 #' @rdname rustcluster_results
 #' @export
 as.list.rustcluster_results <- function(x, ...) {
-  values <- storeValues(storeOfView(x))
+  values <- storeValues(currentStore(x))
   names(values) <- names(x)
   values
 }
 
 #' @export
 print.rustcluster_results <- function(x, ...) {
-  store <- storeOfView(x)
+  store <- currentStore(x)
   counts <- storeCounts(store)
   cat(
     "<results of ", counts[["n"]], " elements in ", store$dir, ">\n",
@@ -168,8 +175,8 @@ str.rustcluster_results <- function(object, ...) print(object)
 #' reads on any machine. Elements without a result are left out.
 #'
 #' @param dir (character) The directory of the run. It may be in use.
-#' @param to (character) The directory for the files. It is created if it does not exist. Files with the same names are
-#'   replaced.
+#' @param to (character) The directory for the files, which cannot be that of a run. It is created if it does not exist.
+#'   Files with the same names are replaced.
 #' @return The paths of the files, by element, invisibly; `NA` for elements without a result. An element is named by its
 #'   index, with leading zeros, or by its name, if all elements have names that are different and can be names of files.
 #'   An element that failed has the value that `.errors = "return"` of [clusterLapply()] gives it.
@@ -189,7 +196,13 @@ str.rustcluster_results <- function(object, ...) print(object)
 exportRun <- function(dir, to) {
   dir <- checkDir(dir, "dir")
   to <- checkDir(to, "to")
-  store <- openStore(dir)
+  if (!isRun(dir)) noRun(dir)
+  # Also where the directory does not exist yet.
+  if (startsWith(paste0(to, "/"), paste0(normalizePath(dir), "/")) || isRun(to)) {
+    badArgument("to", "is the directory of a run, or is in it; the files of a run must stay alone: ", to)
+  }
+  store <- storeOf(dir, new.env(parent = emptyenv()))
+  if (is.null(store)) store <- emptyStore(dir, NA_integer_)
   if (!dir.exists(to) && !dir.create(to, showWarnings = FALSE, recursive = TRUE) && !dir.exists(to)) {
     abort(
       "run_write_failed", "cannot create the directory ", to, fields = list(dir = to, reason = "cannot be created")

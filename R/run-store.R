@@ -35,9 +35,15 @@ saveDurably <- function(object, path, durable = TRUE) {
 readRunInfo <- function(dir) {
   path <- file.path(dir, "run.rds")
   if (!file.exists(path)) return(NULL)
-  info <- tryCatch(readRDS(path), error = function(e) {
-    abort("run_unreadable", path, " cannot be read: ", conditionMessage(e), fields = list(dir = dir))
-  })
+  # The file may be removed, when the run is begun anew, or, on NFS, replaced while it is read.
+  again <- function(e) {
+    if (!file.exists(path)) return(NULL)
+    tryCatch(readRDS(path), error = function(e) {
+      abort("run_unreadable", path, " cannot be read: ", conditionMessage(e), fields = list(dir = dir))
+    })
+  }
+  info <- tryCatch(suppressWarnings(readRDS(path)), error = again)
+  if (is.null(info) && !file.exists(path)) return(NULL)
   if (!is.list(info) || !is.numeric(info$format)) {
     abort("run_unreadable", path, " is not the description of a run", fields = list(dir = dir))
   }
@@ -104,23 +110,54 @@ openStore <- function(dir, write = FALSE, info = readRunInfo(dir)) {
 storePointer <- function(store) {
   if (!store_is_open(store$pointer)) {
     opened <- openStore(store$dir)
-    if (opened$info$id != store$info$id) {
-      abort("run_unreadable", "the run in ", store$dir, " was replaced by another one", fields = list(dir = store$dir))
-    }
+    if (opened$info$id != store$info$id) storeReplaced(store)
     store$pointer <- opened$pointer
   }
   store$pointer
 }
 
-# Reads what has been written since.
+storeReplaced <- function(store) {
+  abort("run_unreadable", "the run in ", store$dir, " was replaced by another one", fields = list(dir = store$dir))
+}
+
+# Reads what has been written since. A store without any value follows a run that was begun anew.
 refreshStore <- function(store) {
-  store$info <- readRunInfo(store$dir)
-  checkedStore(store_refresh(storePointer(store), as.double(store$info$elements), FALSE), store$dir)
+  if (isPending(store)) return(invisible(store))
+  info <- readRunInfo(store$dir)
+  if (is.null(info)) {
+    abort("run_unreadable", "there is no run in ", store$dir, " any more", fields = list(dir = store$dir))
+  }
+  if (!identical(info$id, store$info$id)) {
+    if (!store_is_open(store$pointer) || any(storeStates(store) == 1L)) storeReplaced(store)
+    store$pointer <- openStore(store$dir, info = info)$pointer
+  }
+  store$info <- info
+  checkedStore(store_refresh(storePointer(store), as.double(info$elements), FALSE), store$dir)
   invisible(store)
+}
+
+# Returns a store for a run whose runner has not made one yet. It becomes the one of the run as soon as that is there.
+pendingStore <- function(dir, n, names) {
+  store <- new.env(parent = emptyenv())
+  store$dir <- dir
+  store$info <- list(n = n, names = names, elements = n, ids = NULL)
+  class(store) <- "rustcluster_store"
+  store
+}
+
+# Returns whether a run has no store yet.
+isPending <- function(store) {
+  if (!is.null(store$info$id)) return(FALSE)
+  opened <- storeOf(store$dir, new.env(parent = emptyenv()))
+  if (is.null(opened)) return(TRUE)
+  store$info <- opened$info
+  store$pointer <- opened$pointer
+  FALSE
 }
 
 # Returns the state of each element of `X`: 0 without a result, 1 with a result, 2 with an error.
 storeStates <- function(store) {
+  if (isPending(store)) return(integer(store$info$n))
   states <- checkedStore(store_states(storePointer(store)), store$dir)
   ids <- store$info$ids
   if (is.null(ids)) states[seq_len(store$info$n)] else states[ids]
@@ -136,6 +173,7 @@ storeFailed <- function(store) storeWhich(store, FALSE, TRUE)
 
 # Returns the indices of elements without a result (`missing`) or with an error (`failed`).
 storeWhich <- function(store, missing, failed) {
+  if (isPending(store)) return(if (missing) seq_len(store$info$n) else integer())
   info <- store$info
   checkedStore(store_which(storePointer(store), info$ids, as.double(info$n), missing, failed), store$dir)
 }
@@ -145,12 +183,13 @@ storeId <- function(store, i) if (is.null(store$info$ids)) i else store$info$ids
 
 # Returns the result of an element, or its error as clusterLapply(.errors = "return") returns it.
 storeValue <- function(store, i) {
-  read <- function() store_read(storePointer(store), as.double(storeId(store, i)))
-  found <- read()
+  # The run may be another one, with fewer elements.
+  read <- function() if (i <= store$info$n) store_read(storePointer(store), as.double(storeId(store, i)))
+  found <- if (!isPending(store)) read()
   if (is.null(found)) {
     # The run may go on.
     refreshStore(store)
-    found <- read()
+    found <- if (!isPending(store)) read()
   }
   if (isFailure(found) && found[["kind"]] == "run_damaged") noteDamaged(store, storeId(store, i))
   checkedStore(found, store$dir)
@@ -163,6 +202,7 @@ storeValue <- function(store, i) {
 # Returns the list of the results of these elements, given by their numbers in the run; NULL for elements without a
 # result. `tolerant`: whether damaged results are forgotten with a warning, instead of being an error.
 storeValues <- function(store, ids = store$info$ids, tolerant = FALSE) {
+  if (isPending(store)) return(vector("list", if (is.null(ids)) store$info$n else length(ids)))
   read <- checkedStore(store_values(storePointer(store), ids), store$dir)
   damaged <- sort(read[[2L]])
   if (length(damaged)) {
@@ -191,7 +231,9 @@ noteDamaged <- function(store, ids) {
 checkDamaged <- function(store) {
   path <- file.path(store$dir, "damaged")
   if (!file.exists(path)) return(invisible())
-  ids <- suppressWarnings(as.integer(readLines(path, warn = FALSE)))
+  # The file may be removed meanwhile.
+  lines <- tryCatch(readLines(path, warn = FALSE), error = function(e) NULL, warning = function(w) NULL)
+  ids <- suppressWarnings(as.integer(lines))
   checkedStore(store_check(store$pointer, ids[!is.na(ids)]), store$dir)
   invisible()
 }
@@ -236,7 +278,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
     if (new) {
       others <- setdiff(list.files(dir, all.files = TRUE, no.. = TRUE), ownFiles)
       if (length(others) || length(list.files(file.path(dir, "results")))) {
-        badArgument(".store", "is a directory with other files than those of a run: ", dir)
+        badArgument(".store", "is a directory with other files than those of a run; use a new or an empty one: ", dir)
       }
       info <- newRunInfo(X)
     }
@@ -378,6 +420,12 @@ pickHashes <- function(hashes, ids) {
 
 # Returns which parts of a function or of its arguments have changed.
 changedParts <- function(before, now) {
+  # A primitive function has neither arguments nor a body: it is one part, with the name of the whole.
+  whole <- grep("^(`FUN`|the loop)$", c(names(before), names(now)), value = TRUE)
+  if (length(whole) == 1L) {
+    others <- function(parts) parts[!endsWith(sub(" uses$", "", names(parts)), whole)]
+    return(c(paste(whole, "changed"), changedParts(others(before), others(now))))
+  }
   both <- intersect(names(before), names(now))
   changed <- both[before[both] != now[both]]
   that <- function(parts, verb) if (length(parts)) paste(sub("(, which .* uses)$", "\\1,", parts), verb)
@@ -395,7 +443,8 @@ changedElements <- function(before, now) {
 }
 
 # Gives each element of `X` its number in the run: that of an element with the same content, or a new one. The random
-# numbers of an element depend on its index, so that with a seed only elements at the same index are the same.
+# numbers of an element depend on its index, so that with a seed only elements at the same index are the same. `places`
+# of a run with a seed has the index of each number, also of those that `X` does not have now.
 regroup <- function(store, before, now, X) {
   info <- store$info
   old <- hexOf(before)
@@ -414,13 +463,16 @@ regroup <- function(store, before, now, X) {
   if (is.null(info$seed)) {
     ids <- match(numbered(new), numbered(old), incomparables = NA)
   } else {
-    at <- if (is.null(info$ids)) seq_len(info$n) else info$ids
-    at <- at[seq_along(new)]
-    ids <- ifelse(!is.na(at) & old[at] == new, at, NA_integer_)
+    places <- as.integer(info$places)
+    # Runs of earlier versions have none.
+    length(places) <- length(old)
+    places[if (is.null(info$ids)) seq_len(info$n) else info$ids] <- seq_len(info$n)
+    ids <- match(paste(seq_along(new), new), paste(places, old))
   }
   fresh <- which(is.na(ids))
   ids[fresh] <- length(old) + seq_along(fresh)
   store$info$ids <- as.integer(ids)
+  if (!is.null(info$seed)) store$info$places <- as.integer(c(places, fresh))
   # A copy of the directory gives the same numbers to other elements: their results must not be confused on hosts.
   store$info$folders <- c(foldersOf(store$info), randomText(8L))
   store$info$n <- length(new)

@@ -57,12 +57,13 @@
 #'   }
 #'
 #' @section Errors:
-#' `rustcluster_run_unreadable`: the directory holds no run. `rustcluster_run_incomplete`: `results()` of a run with
-#' missing elements; fields `dir`, `state`, `missing` (their number). `rustcluster_element_failed`: `results()` of a run
-#' with failed elements; fields as in [clusterLapply()]. `rustcluster_run_failed`: the runner of `resume()` could not be
-#' started. `rustcluster_run_locked`: `cancel()` of a run that a call of [clusterLapply()] computes.
-#' `rustcluster_bad_argument`. A warning of class `rustcluster_run_workers_left`: `cancel()` could not end workers that
-#' wait for the next runner; fields `dir`, `id` (of their cluster).
+#' `rustcluster_run_unreadable`: the directory holds no run, or you may not read it. `rustcluster_run_incomplete`:
+#' `results()` of a run with missing elements; fields `dir`, `state`, `missing` (their number).
+#' `rustcluster_element_failed`: `results()` of a run with failed elements; fields as in [clusterLapply()].
+#' `rustcluster_run_failed`: the runner of `resume()` could not be started. `rustcluster_run_locked`: `cancel()` of a
+#' run that a call of [clusterLapply()] computes. `rustcluster_run_write_failed`: `cancel()` may not write to the
+#' directory. `rustcluster_bad_argument`. A warning of class `rustcluster_run_workers_left`: `cancel()` could not end
+#' workers that wait for the next runner; fields `dir`, `id` (of their cluster).
 #' @seealso [startRun()], [listRuns()], [runs()]
 #' @examples
 #' # Not in tempdir(), which is removed when the session ends.
@@ -76,11 +77,9 @@
 #' unlink(dir, recursive = TRUE)
 #' @export
 openRun <- function(dir) {
+  if (missing(dir)) badArgument("dir", "is missing")
   dir <- checkPath(plain(dir), "dir")
-  if (!isRun(path.expand(dir))) {
-    abort("run_unreadable", sQuote(dir), " holds no run", if (!dir.exists(dir)) ": there is no such directory",
-          fields = list(dir = dir))
-  }
+  if (!isRun(path.expand(dir))) noRun(dir)
   newRun(normalizePath(dir))
 }
 
@@ -105,13 +104,53 @@ newRun <- function(dir) {
 
 # Returns the store of a run as it is now, or NULL if there is none yet. `opened` keeps it open.
 storeOf <- function(dir, opened) {
-  if (!isRun(dir)) abort("run_unreadable", sQuote(dir), " holds no run any more", fields = list(dir = dir))
-  if (!is.null(opened$store)) {
-    refreshStore(opened$store)
-  } else if (hasStore(dir)) {
-    opened$store <- openStore(dir)
+  repeat {
+    if (!isRunOrBegins(dir)) noRun(dir, " any more")
+    replaced <- isTRUE(readState(dir)$replaces)
+    info <- readRunInfo(dir)
+    store <- if (!is.null(info)) tryCatch(
+      if (identical(opened$store$info$id, info$id)) refreshStore(opened$store) else openStore(dir, info = info),
+      rustcluster_run_unreadable = identity
+    )
+    failed <- inherits(store, "condition")
+    # What a run without any value has left is not the run that replaces it.
+    if (is.null(info) || replaced && (failed || !any(storeStates(store) == 1L))) {
+      opened$store <- NULL
+      return(NULL)
+    }
+    if (!failed) break
+    # The files may have been removed because the run is begun anew.
+    if (identical(readRunInfo(dir)$id, info$id)) stop(store)
   }
-  opened$store
+  opened$store <- store
+  store
+}
+
+# Returns whether a directory holds a run, or a call of clusterLapply() begins one.
+isRunOrBegins <- function(dir) isRun(dir) || file.access(dir, 1L) == 0L && !is.null(storeLocked(dir))
+
+# `more`: what follows "holds no run".
+noRun <- function(dir, more = "") {
+  closed <- closedDirectory(dir)
+  if (length(closed)) {
+    abort(
+      "run_unreadable", sQuote(dir), " cannot be read: you have no permission",
+      if (closed != dir) paste(" for", sQuote(closed)), fields = list(dir = dir)
+    )
+  }
+  abort("run_unreadable", sQuote(dir), " holds no run", more, if (!dir.exists(dir)) ": there is no such directory",
+        fields = list(dir = dir))
+}
+
+# Returns the directory in which this user may not look for the files of a run, or NULL.
+closedDirectory <- function(dir) {
+  path <- path.expand(dir)
+  repeat {
+    # A directory below one that is closed seems not to exist.
+    if (dir.exists(path)) return(if (file.access(path, 1L) != 0L) if (path == path.expand(dir)) dir else path)
+    if (path == dirname(path)) return(NULL)
+    path <- dirname(path)
+  }
 }
 
 # Returns the numbers of elements: all (`n`), with a value (`done`), and with an error (`failed`).
@@ -128,6 +167,7 @@ finalStates <- c("done", "failed", "cancelled", "interrupted")
 
 # Returns the state of a run without looking at its results: a list of at least `state`, `pid` and `host`.
 runnerState <- function(dir) {
+  if (!isRun(dir) && !is.null(closedDirectory(dir))) noRun(dir)
   # Look at the lock first: a runner writes its final state before it loses the lock.
   locked <- isLocked(dir)
   state <- readState(dir)
@@ -181,14 +221,17 @@ runResults <- function(dir, opened, partial) {
   store <- storeOf(dir, opened)
   counts <- runCounts(dir, opened)
   missing <- counts[["n"]] - counts[["done"]] - counts[["failed"]]
-  if (is.null(store) && partial) return(noResults(dir, counts[["n"]]))
+  if (is.null(store) && partial) return(resultsView(emptyStore(dir, counts[["n"]])))
   if (is.null(store) || (!partial && !isTRUE(missing == 0))) {
     state <- runnerState(dir)$state
     abort(
       "run_incomplete", "the run in ", sQuote(dir), " is ", state, ": ",
       if (is.na(missing)) "its elements" else paste(missing, "of", counted(counts[["n"]], "element")),
       if (isTRUE(counts[["n"]] == 1)) " has" else " have", " no result yet",
-      if (is.null(store)) "" else "; results(partial = TRUE) returns those that are there",
+      if (!is.null(store)) "; results(partial = TRUE) returns those that are there",
+      if (state %in% setdiff(finalStates, "done") && file.exists(file.path(dir, "task.rds"))) {
+        "; resume() continues the run"
+      },
       fields = list(dir = dir, state = state, missing = missing)
     )
   }
@@ -196,21 +239,19 @@ runResults <- function(dir, opened, partial) {
   failed <- if (!partial) storeFailed(store)
   if (length(failed)) {
     first <- storeValue(store, failed[[1L]])
-    error <- elementFailed(trimws(first), failed, view, parent = attr(first, "condition"))
-    error$message <- sub("\n?[^\n]*rustcluster_element_failed[^\n]*$", "", error$message)
-    error$message <- paste0(error$message, "\nerrors() lists all of them; results(partial = TRUE) returns the others")
-    stop(error)
+    stop(elementFailed(
+      trimws(first), failed, view, parent = attr(first, "condition"),
+      where = "\nerrors() lists all of them; results(partial = TRUE) returns the others"
+    ))
   }
   view
 }
 
-# Returns the results of a run of which nothing has been computed. `n`: the number of elements; NA if it is not known.
-noResults <- function(dir, n) {
+# Returns the store of a run that has none yet. `n`: the number of elements; NA if it is not known.
+emptyStore <- function(dir, n) {
   task <- tryCatch(readRDS(file.path(dir, "task.rds")), error = function(e) NULL, warning = function(w) NULL)
   if (!is.null(task)) n <- length(task$X)
-  results <- vector("list", if (is.na(n)) 0L else n)
-  names(results) <- names(task$X)
-  results
+  pendingStore(dir, if (is.na(n)) 0L else as.integer(n), names(task$X))
 }
 
 runErrors <- function(dir, opened) {
@@ -299,8 +340,15 @@ runCancel <- function(dir, opened, timeout) {
     endLingering(dir)
     return(invisible(TRUE))
   }
+  signalled <- !asked && isRunnerHere(status, dir) && tools::pskill(status$pid, tools::SIGINT)
+  if (!asked && !signalled && isLocked(dir)) {
+    abort(
+      "run_write_failed", "the runner of ", sQuote(dir), runPlace(status), " cannot be told to end: ",
+      if (file.access(dirname(cancel), 2L) != 0L) "you have no permission to write to " else "cannot write to ",
+      sQuote(dirname(cancel)), fields = list(dir = dir)
+    )
+  }
   began <- proc.time()[["elapsed"]]
-  signalled <- FALSE
   repeat {
     state <- runnerState(dir)
     if (state$state %in% finalStates && !isLocked(dir)) {
@@ -310,8 +358,8 @@ runCancel <- function(dir, opened, timeout) {
     }
     elapsed <- proc.time()[["elapsed"]] - began
     if (elapsed >= timeout) return(invisible(FALSE))
-    # The runner may be in code that looks at no file, or the disk may be full.
-    if (!signalled && (!asked || elapsed > 5) && isRunnerHere(state, dir)) {
+    # The runner may be in code that looks at no file.
+    if (!signalled && elapsed > 5 && isRunnerHere(state, dir)) {
       signalled <- tools::pskill(state$pid, tools::SIGINT)
     }
     Sys.sleep(0.05)
@@ -346,6 +394,8 @@ isRunnerHere <- function(state, dir) {
 runResume <- function(dir, opened, spec, packages, cluster, wait, has_spec) {
   wait <- plain(wait)
   between(wait, ".wait", "a number of seconds", 0, 1e6)
+  checked <- runnerSettings(spec, packages, if (is.null(cluster)) list() else cluster)
+  if (!isRunOrBegins(dir)) noRun(dir, " any more")
   if (!file.exists(file.path(dir, "task.rds"))) {
     abort(
       "run_failed", sQuote(dir), " does not say how to compute its elements: it was made by ",
@@ -360,7 +410,6 @@ runResume <- function(dir, opened, spec, packages, cluster, wait, has_spec) {
   # A crash of the machine at the start of the run has left none.
   if (is.null(settings)) settings <- runnerSettings(NULL, NULL, list())
   if (has_spec) settings["spec"] <- list(spec)
-  checked <- runnerSettings(spec, packages, if (is.null(cluster)) list() else cluster)
   if (!is.null(packages)) settings$packages <- checked$packages
   if (!is.null(cluster)) settings$cluster <- checked$cluster
   awaitUnlocked(dir)
@@ -427,7 +476,7 @@ print.rustcluster_run <- function(x, ...) {
 
 #' @export
 format.rustcluster_run <- function(x, ..., command = FALSE) {
-  if (!isRun(x$dir)) return(paste0("<run ", x$dir, ": not there>"))
+  if (!isRunOrBegins(x$dir) && is.null(closedDirectory(x$dir))) return(paste0("<run ", x$dir, ": not there>"))
   status <- tryCatch(x$status(), rustcluster_error = identity)
   if (inherits(status, "condition")) return(c(paste0("<run ", x$dir, ">"), conditionMessage(status)))
   printable(c(
@@ -479,7 +528,12 @@ workText <- function(status) {
 # Returns what to know and to do about a run that has not ended well.
 endText <- function(run, status, command) {
   resume <- if (!command) {
-    "resume() continues the run"
+    # The cluster could not be made.
+    if (status$state == "failed" && !status$done) {
+      "resume() tries again, and resume(spec = , packages = ) with other workers or packages"
+    } else {
+      "resume() continues the run"
+    }
   } else {
     paste0("`resume ", if (status$state == "cancelled") "--cancelled ", "DIR` continues the run")
   }

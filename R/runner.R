@@ -3,6 +3,8 @@
 # The runner of this process. `tick`: the function that raiseInterrupt() calls while R waits; NULL in other processes.
 runner <- new.env(parent = emptyenv())
 runner$tick <- NULL
+# The function that clusterLapply() calls when it has opened the run.
+runner$opened <- NULL
 
 # The main function. startExpression() calls it, with the directory of the run as the argument of the script.
 runnerMain <- function() {
@@ -90,11 +92,19 @@ computeRun <- function(dir) {
   runner$timeline <- readTimeline(dir)
   say("cluster of ", counted(length(cl), "worker"))
   if (length(task$export)) parallel::clusterExport(cl, names(task$export), globalenv())
-  counts <- runCounts(newRun(dir))
-  before <- counts[["done"]] + if (task$options$.retry_errors) 0 else counts[["failed"]]
-  say("computing ", counted(length(task$X) - before, "element"), if (before) paste0(", ", before, " are there already"))
-  updateState(state = "running", workers = length(cl), before = before,
-              failed = if (task$options$.retry_errors) counts[["failed"]] else 0, began = Sys.time())
+  retries <- task$options$.retry_errors
+  # The elements that a shorter or other `X` shares with the run are known when the call has opened it.
+  runner$opened <- function(store) {
+    runner$opened <- NULL
+    counts <- storeCounts(store)
+    todo <- length(store$todo)
+    before <- counts[["n"]] - todo
+    say("computing ", counted(todo, "element"), if (before) paste0(", ", before, " are there already"))
+    updateState(
+      state = "running", n = counts[["n"]], workers = length(cl), before = before,
+      failed = if (retries) counts[["failed"]] else 0, began = Sys.time()
+    )
+  }
   options <- task$options
   compute <- function(...) {
     clusterLapply(

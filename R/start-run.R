@@ -18,12 +18,13 @@
 #' closed, or when RStudio Server suspends the session. Results are in the directory as soon as they are computed. If
 #' the runner or its machine dies, `resume()` computes what is missing.
 #'
-#' A script with `startRun()` can simply be run again. The call returns at once if the run is being computed or all of
+#' A script with `startRun()` can simply be run again. The call returns at once if a runner computes the run or all of
 #' its elements have a value, and continues it otherwise: it computes what is missing and, unless `.retry_errors` is
 #' `FALSE`, what has failed, also if the run is done. A call with another `X` or `FUN` is an error, unless no element
 #' has a value yet: the run is then begun anew.
 #'
-#' @param dir (character) The directory of the run. It is created if it is missing, readable by the user alone.
+#' @param dir (character) The directory of the run. It is created if it is missing, readable by the user alone, and so
+#'   are directories above it, with the usual permissions.
 #' @param X,FUN,... As in [clusterLapply()].
 #' @param spec The workers, as in [makeRustCluster()]: a number, hosts, or launchers such as [slurm()]. Default: the
 #'   usable cores of the machine of the runner.
@@ -58,7 +59,7 @@
 #' @section Errors:
 #' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run without any
 #' value is replaced, unless it is being computed. `rustcluster_run_locked`: a run that is being computed cannot
-#' get other elements (`.reuse = "same"`), or another process uses the directory. `rustcluster_run_failed`: the
+#' get other elements (`.reuse = "same"`), or a call of [clusterLapply()] computes it. `rustcluster_run_failed`: the
 #' runner could not be started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
 #' `rustcluster_bad_argument`. A warning of class `rustcluster_not_exported` names variables of the global environment
 #' that `FUN`, or a function in `export` or `...`, uses and that are not in `export` (field `names`). A warning of class
@@ -113,6 +114,20 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
       # The runner may not have made the store yet.
       return(join())
     }
+    if (computing && !isLocked(dir)) {
+      writer <- storeLocked(dir)
+      if (!is.null(writer)) {
+        abort(
+          "run_locked", sQuote(dir), " is being computed by a call of clusterLapply()",
+          if (!is.null(writer$pid)) whereText(runnerState(dir)),
+          "; wait for its end, or interrupt it, and call startRun() again",
+          fields = list(pid = writer$pid, host = writer$host, dir = dir)
+        )
+      }
+      # The runner has ended meanwhile.
+      status <- runStatus(dir, new.env())
+      computing <- !status$state %in% finalStates
+    }
     valuable <- computing || isTRUE(status$done > 0) || mayBeOnHosts(dir)
     grows <- if (hasStore(dir) && (computed || valuable)) {
       tryCatch(compareWithRun(dir, X, code, list(...), .seed, .reuse), rustcluster_run_differs = function(e) {
@@ -152,6 +167,8 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
 # `code`: what codeHashes() returns for the call.
 compareWithRun <- function(dir, X, code, arguments, seed, reuse) {
   info <- readRunInfo(dir)
+  # Another session is beginning it anew.
+  if (is.null(info)) runLocked(dir)
   elements <- readElements(list(dir = dir, info = info))
   ids <- if (is.null(info$ids)) seq_len(info$n) else info$ids
   task <- file.path(dir, "task.rds")
@@ -303,10 +320,16 @@ codeHashes <- function(FUN, export) {
 runDirectory <- function(dir) {
   path <- path.expand(checkPath(plain(dir), "dir"))
   if (file.exists(path)) return(normalizePath(path))
-  # The directory of a new run does not exist yet.
-  parent <- dirname(path)
-  if (!dir.exists(parent)) badArgument("dir", "cannot be created, because ", sQuote(parent), " does not exist")
-  file.path(normalizePath(parent), basename(path))
+  # The directory of a new run does not exist yet, nor need the one that contains it.
+  path <- sub("(.)/+$", "\\1", path)
+  above <- dirname(path)
+  below <- basename(path)
+  while (!file.exists(above)) {
+    below <- file.path(basename(above), below)
+    above <- dirname(above)
+  }
+  if (!dir.exists(above)) badArgument("dir", "cannot be created, because ", sQuote(above), " is a file")
+  file.path(normalizePath(above), below)
 }
 
 # Returns the variables by name.
@@ -323,6 +346,11 @@ variablesToExport <- function(export, envir) {
 
 # Returns how to start the runner from any session. `spec`: NULL for the usable cores of the machine of the runner.
 runnerSettings <- function(spec, packages, cluster) {
+  if (inherits(spec, "cluster")) {
+    badArgument("spec", "is a cluster, and must say which workers to start, such as 4 or c(node1 = 64): ",
+                "the runner makes its own cluster")
+  }
+  if (!is.null(spec)) specEntries(spec)
   if (!is.list(cluster) || is.object(cluster) || (length(cluster) && !all(nzchar(names2(cluster))))) {
     badArgument("cluster", "must be a list of arguments of makeRustCluster(), by name")
   }
@@ -391,9 +419,10 @@ makeRunDirectory <- function(dir) {
   # A session that saved them may be at work, or was killed.
   others <- grep("^(task|run|elements)[.]rds([.][0-9]+)?[.]new$", others, value = TRUE, invert = TRUE)
   if (!isRun(dir) && length(others)) {
-    badArgument("dir", "is a directory with other files than those of a run: ", sQuote(dir))
+    badArgument("dir", "is a directory with other files than those of a run; use a new or an empty one: ", sQuote(dir))
   }
   # The files may contain secrets, such as `rscript_envs` of `cluster`.
+  dir.create(dirname(dir), showWarnings = FALSE, recursive = TRUE)
   dir.create(dir, showWarnings = FALSE, mode = "0700")
   dir.create(file.path(dir, "runner"), showWarnings = FALSE, mode = "0700")
   if (!dir.exists(file.path(dir, "runner")) || file.access(file.path(dir, "runner"), 2L) != 0L) {

@@ -107,8 +107,8 @@ as.character.rustcluster_failure <- function(x, ...) {
   as.vector(unclass(x))
 }
 
-# `byChunk`: whether a value is that of a chunk of elements.
-raiseTaskFailure <- function(first, values, byChunk = FALSE) {
+# `byChunk`: whether a value is that of a chunk of elements. `dir`: a directory that has the results of the others.
+raiseTaskFailure <- function(first, values, byChunk = FALSE, dir = NULL) {
   if (inherits(values, "rustcluster_results")) {
     condition <- attr(first, "condition")
     condition["results"] <- list(values)
@@ -125,12 +125,16 @@ raiseTaskFailure <- function(first, values, byChunk = FALSE) {
   condition$message <- paste0(
     condition$message,
     if (others) paste0("\n(and ", others, ngettext(others, " other", " others"), " failed)"),
-    if (!all(failed)) whereResults(class(condition)[[1L]], byChunk)
+    if (!all(failed)) whereResults(class(condition)[[1L]], byChunk, dir)
   )
   stop(condition)
 }
 
-whereResults <- function(class, byChunk = FALSE) {
+# `dir`: the directory with the results of a call of clusterLapply() with `.store`.
+whereResults <- function(class, byChunk = FALSE, dir = NULL) {
+  if (!is.null(dir)) {
+    return(paste0("\nThe results of the others are in ", sQuote(dir), ": openRun(dir)$results(partial = TRUE)"))
+  }
   paste0(
     "\nThe results of the others are in the condition, as `results`", if (byChunk) ", by chunk", ": tryCatch(..., ",
     class, " = function(e) e$results)"

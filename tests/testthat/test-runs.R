@@ -436,13 +436,84 @@ test_that("errors at the start are raised, and the directory can be used again",
   expect_error(startRun(other, 1:3, sqrt, cluster = list(thread = 2)), "threads", class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, cluster = list(spec = 2)), class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, export = "unheard_of"), class = "rustcluster_bad_argument")
-  expect_error(startRun(file.path(other, "b", "c"), 1:3, sqrt), class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt, spec = cl), "makes its own cluster", class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt, spec = "a b"), "must name a host", class = "rustcluster_bad_argument")
   expect_error(startRun(other, 1:3, sqrt, .seed = "a"), class = "rustcluster_bad_argument")
   expect_false(file.exists(other))
-  expect_error(openRun(other), class = "rustcluster_run_unreadable")
+  expect_error(openRun(other), "no such directory", class = "rustcluster_run_unreadable")
+  expect_error(openRun(), "missing", class = "rustcluster_bad_argument")
   dir.create(other)
   writeLines("mine", file.path(other, "notes.txt"))
-  expect_error(startRun(other, 1:3, sqrt), "other files", class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt), "other files.*empty one", class = "rustcluster_bad_argument")
+  expect_error(startRun(file.path(other, "notes.txt", "b"), 1:3, sqrt), "is a file", class = "rustcluster_bad_argument")
+})
+
+test_that("directories above that of a run are created, and the files of a run stay alone", {
+  above <- local_run_dir()
+  dir <- file.path(above, "b", "c")
+  run <- startRun(dir, 1:3, sqrt, spec = 1)
+  expect_identical(run$wait(60), "done")
+  expect_identical(run$dir, normalizePath(dir))
+  for (to in c(dir, file.path(dir, "results"), file.path(dir, "new"))) {
+    expect_error(exportRun(dir, to), "directory of a run", class = "rustcluster_bad_argument")
+  }
+  expect_identical(readRDS(exportRun(dir, file.path(above, "b", "files"))[[2L]]), sqrt(2))
+  expect_length(list.files(file.path(dir, "results"), "rds$"), 0L)
+  # Arguments are checked also if there is nothing to do.
+  expect_error(run$resume(packages = 3), class = "rustcluster_bad_argument")
+  expect_error(run$resume(spec = "a b"), class = "rustcluster_bad_argument")
+})
+
+test_that("a run that could not start says how it can", {
+  dir <- local_run_dir()
+  expect_error(startRun(dir, 1:3, sqrt, spec = 1, packages = "rustclusterNone", .wait = 60),
+               class = "rustcluster_run_failed")
+  run <- openRun(dir)
+  expect_match(paste(format(run), collapse = "\n"), "resume(spec = , packages = )", fixed = TRUE)
+  expect_error(run$results(), "resume() continues", fixed = TRUE, class = "rustcluster_run_incomplete")
+  expect_true(run$resume(packages = "tools"))
+  expect_identical(run$wait(60), "done")
+})
+
+test_that("a session that computes a run is not taken for its runner", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  on.exit(unlink(gate), add = TRUE, after = FALSE)
+  fun <- function(i, gate) {
+    while (!file.exists(gate)) Sys.sleep(0.02)
+    i
+  }
+  child <- start_child({
+    cl <- makeRustCluster(1)
+    invisible(clusterLapply(cl, 1:2, fun, gate = gate, .store = dir))
+    stopCluster(cl)
+  }, values = list(dir = dir, gate = gate, fun = fun))
+  expect_true(wait_until(function() dir.exists(dir) && tryCatch(openRun(dir)$status()$state == "running",
+                                                                error = function(e) FALSE)))
+  error <- expect_error(startRun(dir, 1:2, fun, gate = gate, spec = 1), "clusterLapply",
+                        class = "rustcluster_run_locked")
+  expect_identical(error$pid, openRun(dir)$status()$pid)
+  file.create(gate)
+  expect_child_ends_well(child)
+})
+
+test_that("a run without permission cannot be read, and the runner is told to end by a signal", {
+  skip_if(Sys.info()[["effective_user"]] == "root", "root may do everything")
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  on.exit(unlink(gate), add = TRUE, after = FALSE)
+  run <- startRun(dir, 1:2, function(i, gate) while (!file.exists(gate)) Sys.sleep(0.02), gate = gate, spec = 1)
+  on.exit(Sys.chmod(c(dir, file.path(dir, "runner")), "700"), add = TRUE, after = FALSE)
+  Sys.chmod(dir, "000")
+  for (look in list(function() openRun(dir), run$status, run$errors, run$resume, run$cancel)) {
+    expect_error(look(), "permission", class = "rustcluster_run_unreadable")
+  }
+  expect_match(paste(format(run), collapse = " "), "permission")
+  Sys.chmod(dir, "700")
+  # This user may signal the runner; for another one, cancel() is an error at once.
+  Sys.chmod(file.path(dir, "runner"), "500")
+  expect_true(run$cancel())
+  expect_gone(run$status()$pid)
 })
 
 test_that("the same call again attaches to a run, continues it, or names what differs", {
@@ -535,6 +606,55 @@ test_that("a run of which nothing was computed is replaced under its lock", {
   expect_error(startRun(failing, 1:2, sqrt), class = "rustcluster_run_differs")
 })
 
+test_that("an object and its views follow a run that is begun anew", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  on.exit(unlink(gate), add = TRUE, after = FALSE)
+  run <- startRun(dir, c(a = 1, b = 2), function(i) stop("wrong"), spec = 1)
+  run$wait(60)
+  view <- run$results(partial = TRUE)
+  wait <- function(i, gate) {
+    while (!file.exists(gate)) Sys.sleep(0.02)
+    i
+  }
+  again <- startRun(dir, c(a = 1, b = 2), wait, gate = gate, spec = 1)
+  # The run is being replaced, or was: the old errors are not those of the new run.
+  for (i in 1:20) {
+    status <- run$status()
+    expect_identical(as.numeric(c(status$done, status$failed, status$total)), c(0, 0, 2))
+    expect_match(format(run)[[2L]], "0 of 2 elements done")
+    expect_identical(nrow(run$errors()), 0L)
+    Sys.sleep(0.02)
+  }
+  early <- run$results(partial = TRUE)
+  expect_s3_class(early, "rustcluster_results")
+  expect_identical(early[1:2], list(a = NULL, b = NULL))
+  file.create(gate)
+  expect_identical(again$wait(60), "done")
+  for (results in list(run$results(), early, view)) expect_identical(as.list(results), list(a = 1, b = 2))
+  expect_output(print(early), "^<results of 2 elements in [^>]*>$")
+})
+
+test_that("a run without a store gives a view, which follows it", {
+  dir <- local_run_dir()
+  run <- startRun(dir, c(a = 1, b = 4), sqrt, spec = 1)
+  run$wait(60)
+  hidden <- paste0(dir, "-hidden")
+  on.exit(unlink(hidden), add = TRUE, after = FALSE)
+  file.rename(file.path(dir, "run.rds"), hidden)
+  view <- run$results(partial = TRUE)
+  expect_s3_class(view, "rustcluster_results")
+  expect_identical(names(view), c("a", "b"))
+  expect_identical(as.list(view), list(a = NULL, b = NULL))
+  expect_error(view[["b"]], class = "rustcluster_not_computed")
+  expect_output(print(view), "missing: 2")
+  expect_equal(run$status()$done, 0)
+  expect_identical(nrow(run$errors()), 0L)
+  file.rename(hidden, file.path(dir, "run.rds"))
+  expect_identical(view[["b"]], 2)
+  expect_identical(as.list(view), list(a = 1, b = 2))
+})
+
 test_that("a start that is too late does not lose that a run is to be cancelled", {
   dir <- local_run_dir()
   gate <- tempfile("gate-")
@@ -624,6 +744,18 @@ test_that("a run that is done gets more elements at once", {
     expect_identical(run$wait(60), "done")
   }
   expect_identical(as.list(run$results()), lapply(1:4, sqrt))
+})
+
+test_that("the log of a run that gets fewer elements counts those that are there", {
+  dir <- local_run_dir()
+  startRun(dir, 1:6, sqrt, spec = 1, .seed = 1)$wait(60)
+  startRun(dir, 1:2, sqrt, spec = 1, .seed = 1, .reuse = "same")$wait(60)
+  run <- startRun(dir, 1:7, sqrt, spec = 1, .seed = 1, .reuse = "same")
+  run$wait(60)
+  said <- grep("computing", run$log(), value = TRUE)
+  expect_length(said, 3L)
+  expect_match(said[[2L]], "computing 0 elements, 2 are there already")
+  expect_match(said[[3L]], "computing 1 element, 6 are there already")
 })
 
 test_that("elements that failed before do not count for the rate", {
@@ -742,6 +874,28 @@ test_that("runs at the command line", {
   expect_command(c("resume", "--failed", failing), 0, "runner 2")
   expect_identical(openRun(failing)$wait(60), "done")
   expect_identical(openRun(failing)$status()$attempt, 2L)
+})
+
+test_that("a wrong command says what is wrong", {
+  run <- function(...) {
+    code <- sprintf("rustcluster::runs(c(%s))", toString(dQuote(c(...), FALSE)))
+    out <- suppressWarnings(system2(file.path(R.home("bin"), "Rscript"), c("-e", shQuote(code)), stdout = TRUE,
+                                    stderr = TRUE))
+    list(status = c(attr(out, "status"), 0L)[[1L]], said = out)
+  }
+  help <- run("--help")
+  expect_identical(help$status, 0L)
+  expect_match(help$said[[1L]], "^usage")
+  for (case in list(
+    list("statu", "did you mean `status`"), list("status", "needs the directory"),
+    list(c("status", "--failed", "a"), "only for `resume`"), list(c("wait", "a", "b"), "not a number of seconds"),
+    list(c("status", "a", "b"), "too many")
+  )) {
+    wrong <- run(case[[1L]])
+    expect_identical(wrong$status, 2L)
+    expect_match(wrong$said[[1L]], case[[2L]])
+    expect_match(wrong$said[[2L]], "^usage")
+  }
 })
 
 test_that("a promise of a run is fulfilled or rejected", {

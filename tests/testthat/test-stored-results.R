@@ -643,6 +643,35 @@ test_that("with a seed, elements keep their results at the same index", {
   expect_identical(call(c(1, 2, 3, 4)), 4)
   expect_identical(call(c(1, 9, 2, 3, 4)), c(2, 3, 4, 9))
   expect_identical(call(c(1, 9, 2)), numeric())
+  # Results beyond a shorter `X` are kept, and those that another element has replaced for a while.
+  expect_identical(call(c(1, 9, 2, 3, 4)), numeric())
+  expect_identical(call(c(1, 2, 3, 4)), numeric())
+  expect_identical(call(c(4, 2)), 4)
+  expect_identical(call(c(1, 9, 2, 3, 4, 5)), 5)
+})
+
+test_that("a function that becomes a primitive one has changed", {
+  dir <- local_run()
+  clusterLapply(cl, 1:2, function(x) x, .store = dir)
+  error <- expect_error(clusterLapply(cl, 1:2, sqrt, .store = dir), class = "rustcluster_run_differs")
+  expect_identical(error$differs, "`FUN` changed")
+})
+
+test_that("the error of an element says where the others are", {
+  dir <- local_run()
+  for (collect in c(TRUE, FALSE)) {
+    error <- expect_error(
+      clusterLapply(cl, 1:2, function(x) if (x > 1) stop("two") else x, .store = dir, .collect = collect),
+      class = "rustcluster_element_failed"
+    )
+    expect_match(conditionMessage(error), "openRun(dir)$results(partial = TRUE)", fixed = TRUE)
+    expect_match(conditionMessage(error), basename(dir), fixed = TRUE)
+  }
+})
+
+test_that("`.reuse` needs a directory", {
+  error <- expect_error(clusterLapply(cl, 1:2, sqrt, .reuse = "same"), class = "rustcluster_bad_argument")
+  expect_identical(error$argument, ".reuse")
 })
 
 # Disks and directories ------------------------------------------------------------------------------------------------
