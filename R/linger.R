@@ -713,9 +713,8 @@ awaitAgents <- function(pointer, record, dials, end) {
   began <- proc.time()[["elapsed"]]
   # Hosts whose nodes have names have had an agent. Others may have, or have waited in the queue.
   named <- vapply(record$handle$agents, function(host) isTRUE(host$named), NA)
-  # An agent whose link is dead notices that by the silence of the head.
-  known <- max(redialPatience[[1L]], record$handle$settings$heartbeat_timeout + 5)
-  patience <- ifelse(dials, ifelse(named & !end, known, redialPatience[[2L]]), Inf)
+  limits <- redialPatience(record$handle$settings$heartbeat_timeout)
+  patience <- ifelse(dials, ifelse(named & !end, limits[[1L]], limits[[2L]]), Inf)
   while (!checked(hub_greeted(pointer))) {
     waited <- proc.time()[["elapsed"]] - began
     if (waited > record$handle$settings$setup) break
@@ -726,9 +725,9 @@ awaitAgents <- function(pointer, record, dials, end) {
   }
 }
 
-# Seconds for which the agents of jobs are waited for, at least: those that have been connected, and others. An agent
-# dials every second or so.
-redialPatience <- c(15, 4)
+# Returns for how many seconds the agents of jobs are waited for: those that have been connected, and others. An agent
+# dials every second or so, but one whose link is dead has to notice that by the silence of the head.
+redialPatience <- function(heartbeat_timeout) c(max(15, heartbeat_timeout + 5), 4)
 
 # Listens on the ports on which the agents of launchers look for a session, for these agents alone. Returns the ports.
 listenAgain <- function(pointer, record) {
