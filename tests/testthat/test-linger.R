@@ -256,7 +256,7 @@ test_that("the functions of parallel reattach a saved cluster, too, and stopClus
 test_that("a cluster over ssh lingers when its session or its ssh is killed", {
   skip_without_sshd()
   ssh <- local_sshd()
-  for (kill_ssh in c(FALSE, TRUE)) {
+  for (kill_ssh in if (long_tests()) c(FALSE, TRUE) else TRUE) {
     first <- start_child({
       cl <- makeRustCluster(c("127.0.0.2" = 2, "127.0.0.3" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60)
       clusterSetRNGStream(cl, 7)
@@ -398,7 +398,7 @@ test_that("a host that was lost and has missed exports is not used with its old 
   command <- paste(shQuote(ssh$rshcmd), collapse = " ")
   writeLines(c("#!/bin/sh", paste("test -e", shQuote(blocked), "&& exit 255"), paste("exec", command, "\"$@\"")), script)
   Sys.chmod(script, "0755")
-  for (case in c("nothing missed", "left out", "reconnected")) {
+  for (case in c("nothing missed", if (long_tests()) "left out", "reconnected")) {
     first <- start_child({
       cl <- makeRustCluster(
         c("127.0.0.2" = 1, "127.0.0.3" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60,
@@ -490,7 +490,7 @@ test_that("a session that has lost all hosts during a call leaves all to the nex
 test_that("a session whose link was frozen finds out that it has lost its cluster", {
   skip_without_sshd()
   ssh <- local_sshd()
-  for (reconnect in c(FALSE, TRUE)) {
+  for (reconnect in if (long_tests()) c(FALSE, TRUE) else TRUE) {
     first <- start_child({
       cl <- makeRustCluster(
         c("127.0.0.2" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60, heartbeat_timeout = 2,
