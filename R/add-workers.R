@@ -127,7 +127,9 @@ noteStreams <- function(handle) {
   if (identical(handle$streams, frame$rustclusterStreams)) return(invisible())
   handle$streams <- frame$rustclusterStreams
   recordChange(handle)
-  nodes <- lapply(seq_along(frame$seeds), function(i) if (inherits(frame$cl, "cluster")) unclass(frame$cl)[[i]])
+  # continueStreams() has no `cl`, and records those of its workers itself.
+  if (is.null(handle$linger) || is.null(frame$cl)) return(invisible())
+  nodes <- unclass(frame$cl)
   own <- vapply(nodes, function(node) inherits(node, "RustNode") && identical(.subset2(node, "handle"), handle), NA)
   recordFirstSeeds(handle, vapply(nodes[own], .subset2, 0L, "rank"), frame$seeds[own])
 }

@@ -226,7 +226,6 @@ newCall <- function(record) {
 recordOf <- function(call) get("record", environment(call$status))
 
 callStatus <- function(record) {
-  endForeignCall(record)
   if (record$state != "open") return(record$state)
   checkCalls(record$handle)
   checkCall(record)
@@ -248,7 +247,6 @@ callValue <- function(record, signal = TRUE) {
 }
 
 awaitCall <- function(record) {
-  endForeignCall(record)
   handle <- record$handle
   while (record$state == "open") {
     checkCalls(handle)
@@ -265,7 +263,6 @@ awaitCall <- function(record) {
 }
 
 cancelCall <- function(record) {
-  endForeignCall(record)
   if (record$state != "open") return(FALSE)
   checkCall(record)
   if (record$state != "open") return(FALSE)

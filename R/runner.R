@@ -50,13 +50,15 @@ computeRun <- function(dir) {
   list2env(task$export, globalenv())
   startTicking()
   cl <- waitingCluster(runner$state$cluster)
-  if (!is.null(cl) && isTRUE(runner$state$renews)) {
-    say("`spec` or `cluster` have changed: this cluster ends, and another one is made")
-    endWaitingCluster(cl, dir, task$options$.save_dir)
-    cl <- NULL
+  why <- if (is.null(cl)) {
+    NULL
+  } else if (isTRUE(runner$state$renews)) {
+    "`spec` or `cluster` have changed: this cluster ends, and another one is made"
+  } else if (!length(leftNodes(cl))) {
+    "none of its workers is left: another cluster is made"
   }
-  if (!is.null(cl) && !length(leftNodes(cl))) {
-    say("none of its workers is left: another cluster is made")
+  if (!is.null(why)) {
+    say(why)
     endWaitingCluster(cl, dir, task$options$.save_dir)
     cl <- NULL
   }
@@ -83,10 +85,10 @@ computeRun <- function(dir) {
     cl <- leftNodes(whole)
     lost <- length(whole) - length(cl)
     if (lost) say(counted(lost, "worker"), " of it ", ngettext(lost, "is", "are"), " lost; the others go on")
-  }
-  if (waited && length(settings$packages)) {
-    failed <- unlist(parallel::clusterCall(cl, attachPackages, settings$packages))
-    if (length(failed)) abort("start_failed", failed[[1L]])
+    if (length(settings$packages)) {
+      failed <- unlist(parallel::clusterCall(cl, attachPackages, settings$packages))
+      if (length(failed)) abort("start_failed", failed[[1L]])
+    }
   }
   runner$cluster <- cl
   runner$timeline <- readTimeline(dir)

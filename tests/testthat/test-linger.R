@@ -223,8 +223,8 @@ test_that("a saved cluster reattaches at its first use", {
   expect_false(restored$call$cancel())
   expect_identical(clusterPids(restored$cl), child_pids(first, "workers"))
   expect_identical(parallel::parSapply(restored$cl, 1:4, sqrt), sqrt(1:4))
-  kept <- lapply(keptResults(restored$cl), `[[`, "value")
-  expect_true(list(7) %in% kept)
+  # The call may not have ended yet.
+  expect_true(wait_until(function() list(7) %in% lapply(keptResults(restored$cl), `[[`, "value"), 10))
   parallel::stopCluster(restored$cl)
   expect_gone(child_pids(first, "workers"))
   # The same workspace, later.
@@ -732,6 +732,8 @@ test_that("a run goes on with the workers that are left", {
     note_pids(c(agents, unlist(lapply(agents, descendants))))
     tools::pskill(runner, tools::SIGKILL)
     expect_gone(runner)
+    # The system releases its lock a moment later.
+    expect_true(wait_until(function() run$status()$state == "interrupted", 10))
     for (pid in agents[gone]) tools::pskill(pid, tools::SIGKILL)
     expect_gone(agents[gone])
     file.create(file.path(base, "gate"))
