@@ -32,7 +32,7 @@ forgetRecord <- function(record) {
 }
 
 # Runs a function with these arguments on the next idle worker. `label`: the printed name of the call. `what`: what
-# error messages call it. `reportsProgress`: whether to receive progress events of the call.
+# error messages call it. `reportsProgress`: whether the caller relays the conditions that the call reports while it runs.
 submit <- function(cl, fun, args, label, what = "the call", reportsProgress = FALSE) {
   sendCall(newRecord(cl, fun, args, label, what, reportsProgress))
 }
@@ -175,19 +175,22 @@ callLost <- function(what, losses) {
   rustclusterCondition("task_failed", lostText(what, losses), losses = losses)
 }
 
-# Receives the progress events of a call (see reportProgress()).
+# Receives what a call has reported while it runs (see report()). Raises the conditions, unless the caller relays them.
 takeProgressEvents <- function(record) {
-  if (!isTRUE(record$reportsProgress)) return(invisible())
+  handle <- record$handle
   suspendInterrupts({
-    events <- call_progress_events(record$handle$pointer, record$task)
-    if (!isFailure(events)) record$progressEvents <- c(record$progressEvents, lapply(events, unserialize))
+    events <- call_progress_events(handle$pointer, record$task)
+    if (!isFailure(events)) {
+      conditions <- lapply(events, unserialize)
+      if (isTRUE(record$reportsProgress)) {
+        record$progressEvents <- c(record$progressEvents, conditions)
+      } else {
+        handle$pending <- c(handle$pending, conditions)
+      }
+    }
   })
+  if (length(handle$pending)) raisePending(handle)
   invisible()
-}
-
-# Runs in a worker: sends a progress event of the current call to the head.
-reportProgress <- function(value) {
-  checked(worker_report(serialize(value, NULL, xdr = FALSE)))
 }
 
 # Handles all calls of a cluster that have ended or failed.
@@ -258,6 +261,7 @@ awaitCall <- function(record) {
     waited <- call_wait(handle$pointer, record$task)
     if (isFailure(waited)) handleFailed(waited, handle)
     showEvents(handle)
+    showFutures(handle$id)
     raiseInterrupt()
   }
 }

@@ -9,7 +9,10 @@ showEvents <- function(handle, except = NULL) {
     reportJobs(handle)
   }
   # The hub reports each event once.
-  suspendInterrupts(show(hub_events(handle$pointer), handle, except))
+  suspendInterrupts({
+    show(hub_events(handle$pointer), handle, except)
+    if (handle$receivesReports) takeReports(handle)
+  })
   raisePending(handle)
 }
 
@@ -34,13 +37,19 @@ show <- function(events, handle, except = NULL) {
   invisible()
 }
 
-# Raises pending warnings and messages. Removes each one before it is raised: its handler may run any code, or jump, and
+# Raises pending warnings and messages, and conditions that tasks have reported. Removes each one before it is raised: its handler may run any code, or jump, and
 # the others are then still pending.
 raisePending <- function(handle) {
   while (length(handle$pending)) {
     condition <- handle$pending[[1L]]
     handle$pending <- handle$pending[-1L]
-    if (inherits(condition, "message")) message(condition) else warning(condition)
+    if (inherits(condition, "message")) {
+      message(condition)
+    } else if (inherits(condition, "warning")) {
+      warning(condition)
+    } else {
+      signalReport(condition)
+    }
   }
   invisible()
 }

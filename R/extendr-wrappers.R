@@ -298,6 +298,11 @@ hub_readiness_point <- function(handle, rank) .Call(wrap__hub_readiness_point, h
 #' @noRd
 hub_events <- function(handle) .Call(wrap__hub_events, handle)
 
+#' Returns the progress events of tasks that have arrived since the last call, as a list of raw vectors. They
+#' are recorded from the first call on.
+#' @noRd
+hub_take_progress <- function(handle) .Call(wrap__hub_take_progress, handle)
+
 #' Returns the number of a call that has not been sent yet. `keep`: whether agents keep its answer for the next head if
 #' this one disconnects.
 #' @noRd

@@ -130,12 +130,46 @@ isOpen <- function(record) record$state == "open"
 
 dropFuture <- function(record) {
   id <- record$handle$id
+  on.exit(showFutures(id))
   futures <- Filter(function(open) !identical(open$record, record), openFutures[[id]])
   if (length(futures)) {
     assign(id, futures, openFutures)
   } else {
     rm(list = intersect(id, ls(openFutures)), envir = openFutures)
   }
+}
+
+# The progress of the open futures of each cluster, by the ids of the clusters: the number of futures since the last time
+# that none was open, and how they are shown.
+shownFutures <- new.env(parent = emptyenv())
+
+# Shows how many futures have ended, of those that have been launched since the last time that none was open.
+# `launched`: how many have just been launched.
+showFutures <- function(id, launched = 0) {
+  shown <- shownFutures[[id]]
+  if (is.null(shown)) {
+    if (!launched || !isTRUE(getOption("rustcluster.progress"))) return(invisible())
+    shown <- new.env(parent = emptyenv())
+    shown$launched <- 0
+    assign(id, shown, shownFutures)
+    progress <- function() {
+      open <- length(openFutures[[id]])
+      c(shown$launched - open, open)
+    }
+    total <- function() shown$launched
+    shown$view <- if (showsBars()) {
+      progressBar(progress, total, "future")
+    } else {
+      list(update = progressLines(progress, total, "future"), end = function() NULL)
+    }
+  }
+  shown$launched <- shown$launched + launched
+  shown$view$update()
+  if (!length(openFutures[[id]])) {
+    shown$view$end()
+    rm(list = id, envir = shownFutures)
+  }
+  invisible()
 }
 
 clusterOf <- function(future) {
@@ -167,6 +201,7 @@ awaitFree <- function(cl, limit) {
     }
     checked(call_wait(handle$pointer, futuresOf(cl)[[1L]]$record$task), handle)
     showEvents(handle)
+    showFutures(handle$id)
     raiseInterrupt()
   }
 }
@@ -196,6 +231,7 @@ launch <- function(future, cl, args) {
   countFuture(future, "launched")
   id <- record$handle$id
   assign(id, c(openFutures[[id]], list(list(record = record, future = future))), openFutures)
+  showFutures(id, launched = 1)
   invisible(future)
 }
 
@@ -471,7 +507,7 @@ relayProgressEvents <- function(future) {
 
 # Runs in a worker: sends a condition to the head. Returns FALSE, so that future does not record the condition.
 relayToHead <- function(condition) {
-  base::asNamespace("rustcluster")$reportProgress(condition)
+  base::asNamespace("rustcluster")$report(condition)
   FALSE
 }
 

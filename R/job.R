@@ -37,6 +37,8 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
   job <- handle$jobs <- handle$jobs + 1
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
+  chunks <- if (progress && identical(fun, lapply)) chunksOfJob()
+  if (!is.null(chunks) || isNamespaceLoaded("progressr")) receiveReports(handle)
   # Send tasks one by one if a failure must be attributed to one task: with a timeout, or without retries.
   singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !raises)
   settings <- list(
@@ -54,7 +56,8 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
     n <- length(order)
   }
   repeat {
-    begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
+    sent <- if (is.null(chunks)) fun else lapplyReporting
+    begun <- job_begin(handle$pointer, job, ranks, n, list(sent, common), elements, settings)
     if (!isFromStale(begun, handle)) break
   }
   if (typeof(begun) == "list" && !isFailure(begun)) {
@@ -64,7 +67,12 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
   continueJob(handle, job, sys.nframe(), 0L, NULL)
   if (isFailure(begun)) handleFailed(begun, handle)
   checked(begun)
-  shown <- if (progress) showProgress(function() job_progress(handle$pointer)[2:3], n, what)
+  finished <- function() job_progress(handle$pointer)[2:3]
+  shown <- if (!is.null(chunks)) {
+    showProgress(elementsProgress(handle, chunks$sizes, finished), sum(chunks$sizes), chunks$what)
+  } else if (progress) {
+    showProgress(finished, n, what)
+  }
   repeat {
     unread <- answersRead(handle, repeat {
       step <- job_step(handle$pointer)
@@ -93,6 +101,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
     showUnsaved(job_unsaved(handle$pointer), handle)
   }
   results <- job_results(handle$pointer)
+  if (handle$receivesReports) showEvents(handle)
   if (!is.null(shown)) shown()
   if (!is.null(onResults) && isTRUE(step) && length(results[[3L]])) {
     onResults(results[[3L]], results[[1L]], results[[2L]])
@@ -128,6 +137,7 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
   for (part in clustersOf(cl)) {
     handle <- part$handle
     refuseIfBusy(handle, frame)
+    if (isNamespaceLoaded("progressr")) receiveReports(handle)
     job <- openJob(handle, frame, 0L, NULL)
     do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = environment())
     maxRetries <- if (is.null(retries)) handle$retries else retries

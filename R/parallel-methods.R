@@ -36,6 +36,7 @@ sendData.RustNode <- function(node, data) {
 }
 
 sendTask <- function(handle, rank, message) {
+  if (!handle$receivesReports && isNamespaceLoaded("progressr")) receiveReports(handle)
   if (identical(handle$setupKey, ".Random.seed")) {
     # The seed of a worker that has not joined yet is logged.
     noteStreams(handle)
@@ -82,7 +83,9 @@ continueJob <- function(handle, job, depth, frames, setupKey) {
   if (length(handle$pending)) {
     pending <- handle$pending
     handle$pending <- list()
-    for (condition in pending) message(conditionMessage(condition))
+    for (condition in pending) {
+      if (inherits(condition, c("message", "warning"))) message(conditionMessage(condition))
+    }
   }
   handle$frames <- frames
   handle$depth <- depth
@@ -161,7 +164,7 @@ recvData.RustNode <- function(node) {
   repeat {
     raiseInterrupt()
     result <- hub_receive(handle$pointer, rank)
-    if (typeof(result) == "list" && !(is.object(result) && isFailure(result))) return(result)
+    if (typeof(result) == "list" && !(is.object(result) && isFailure(result))) return(withReports(result, handle))
     result <- noAnswer(orStopped(result, handle, rank), handle)
     if (!is.null(result)) return(result)
   }
@@ -188,7 +191,7 @@ recvOneData.RustCluster <- function(cl) {
 nextAnswer <- function(cl, handle, result) {
   repeat {
     failed <- is.object(result) && isFailure(result)
-    if (typeof(result) == "list" && !failed) return(result)
+    if (typeof(result) == "list" && !failed) return(withReports(result, handle))
     if (failed && result[["kind"]] == "several_clusters") return(receiveOfAny(cl))
     answer <- noAnswer(orStopped(result, handle, cluster_ranks(cl)), handle)
     if (typeof(result) == "logical") return(answer)
@@ -268,7 +271,7 @@ pollCluster <- function(part, read) {
   handle <- part$handle
   result <- hub_poll(handle$pointer, part$ranks, part$indices)
   failed <- is.object(result) && isFailure(result)
-  if (typeof(result) == "list" && !failed) return(result)
+  if (typeof(result) == "list" && !failed) return(withReports(result, handle))
   nothing <- failed && result[["kind"]] == "no_task"
   if (nothing && !handle$stopped) return(FALSE)
   answer <- noAnswer(result, handle, read)

@@ -1,20 +1,50 @@
-# The progress bar of a job.
+# Progress: how jobs show theirs (a bar, lines, or the handlers of progressr), and what tasks report while they run.
 
+# Returns whether a job shows its progress. Without the option, it does if a handler of progressr would show it.
 wantsProgress <- function() {
-  wanted <- getOption("rustcluster.progress", FALSE)
+  wanted <- getOption("rustcluster.progress")
+  if (is.null(wanted)) return(progressrListens())
   if (!isTRUE(wanted) && !isFALSE(wanted)) {
     badArgument("rustcluster.progress", "must be TRUE or FALSE; it is set by options()")
   }
   wanted
 }
 
-# Returns a function that updates the bar. The bar ends with the frame of the caller. `progress`: returns the numbers of
-# finished tasks and of busy workers.
+# Returns whether this code is run by progressr::with_progress(), or progressr::handlers(global = TRUE) is set.
+progressrListens <- function() {
+  if (!isNamespaceLoaded("progressr")) return(FALSE)
+  for (depth in seq_len(sys.nframe())) {
+    if (identical(sys.function(depth), progressr::with_progress)) return(TRUE)
+  }
+  isTRUE(progressr::handlers(global = NA))
+}
+
+# Returns a function that updates what is shown. It ends with the frame of the caller. `progress`: returns the numbers
+# of finished tasks and of busy workers. progressr's handlers have precedence. In a script that has not enabled them
+# they show nothing, and a line is printed if the option asks for progress.
 showProgress <- function(progress, n, what, envir = parent.frame()) {
+  steps <- if (progressrListens()) progressrSteps(progress, n, envir)
+  enabled <- isTRUE(getOption("progressr.enable", interactive()))
+  if (!is.null(steps) && (enabled || !isTRUE(getOption("rustcluster.progress")))) return(steps)
+  own <- if (showsBars()) progressBar(progress, n, what, envir)$update else progressLines(progress, n, what)
+  function() {
+    if (!is.null(steps)) steps()
+    own()
+  }
+}
+
+# Returns whether a bar can be drawn: not in documents of knitr and in scripts, whose output is kept.
+showsBars <- function() interactive() && cli::is_dynamic_tty() && !isTRUE(getOption("knitr.in.progress"))
+
+# Returns functions that update and end a bar, which ends with the frame `envir` at the latest. `n`: the number of tasks,
+# or a function that returns it.
+progressBar <- function(progress, n, what, envir = NULL) {
+  total <- if (is.function(n)) n else function() n
   whats <- paste0(what, "s")
   bar <- cli::cli_progress_bar(
     # The bar is updated once more after the last task has ended.
-    total = n, clear = FALSE, auto_terminate = FALSE, .envir = envir,
+    total = total(), clear = FALSE, auto_terminate = FALSE, .envir = if (is.null(envir)) globalenv() else envir,
+    .auto_close = !is.null(envir),
     format = paste0(
       "{cli::pb_bar} {cli::pb_current}/{cli::pb_total} ", whats, " | {cli::pb_rate} | ",
       "{cli::pb_extra$busy} busy | ETA {cli::pb_eta}"
@@ -22,8 +52,131 @@ showProgress <- function(progress, n, what, envir = parent.frame()) {
     format_done = paste("{cli::pb_total}", whats, "in {cli::pb_elapsed} ({cli::pb_rate})"),
     extra = list(busy = 0)
   )
+  update <- function() {
+    at <- progress()
+    cli::cli_progress_update(
+      set = at[[1L]], total = total(), id = bar, extra = list(busy = at[[2L]]), .envir = environment()
+    )
+  }
+  list(update = update, end = function() cli::cli_progress_done(bar, .envir = environment()))
+}
+
+# Prints a line now and then: after a second, then each time that a fifth more time has passed, at least 5 seconds and
+# at most 10 minutes, and at the end.
+progressLines <- function(progress, n, what) {
+  total <- if (is.function(n)) n else function() n
+  began <- proc.time()[["elapsed"]]
+  shortest <- getOption("cli.progress_show_after", 1)
+  due <- shortest
+  whats <- paste0(what, "s")
+  ended <- FALSE
+  function() {
+    elapsed <- proc.time()[["elapsed"]] - began
+    if (ended || elapsed < shortest) return(invisible())
+    at <- progress()
+    done <- at[[1L]]
+    n <- total()
+    rate <- paste0(format(signif(done / max(elapsed, 0.001), 2L)), "/s")
+    if (done >= n) {
+      ended <<- TRUE
+      message(n, " ", whats, " in ", formatSeconds(elapsed), " (", rate, ")")
+    } else if (elapsed >= due) {
+      due <<- elapsed + min(600, max(5, elapsed / 5))
+      left <- if (done > 0) formatSeconds(elapsed / done * (n - done)) else "?"
+      message(done, "/", n, " ", whats, " | ", rate, " | ", at[[2L]], " busy | ETA ", left)
+    }
+  }
+}
+
+# Reports to progressr. If a progressor exists already, as one that the tasks use, progressr ignores this one.
+progressrSteps <- function(progress, n, envir) {
+  step <- progressr::progressor(steps = n, envir = envir)
+  reported <- 0
+  function() {
+    done <- progress()[[1L]]
+    if (done > reported) step(amount = done - reported)
+    reported <<- max(done, reported)
+  }
+}
+
+# What tasks report ----------------------------------------------------------------------------------
+
+# Receives what tasks report from now on, and drops what tasks of earlier jobs have reported. A job wants reports if its
+# tasks are chunks whose progress is shown, and if package progressr is loaded here: without it there is no progressor.
+receiveReports <- function(handle) {
+  handle$receivesReports <- TRUE
+  handle$elements <- 0
+  hub_take_progress(handle$pointer)
+  invisible()
+}
+
+# Returns an answer after the reports that have arrived before it.
+withReports <- function(answer, handle) {
+  if (handle$receivesReports) showEvents(handle)
+  answer
+}
+
+# Takes what tasks have reported. Conditions are raised by raisePending().
+takeReports <- function(handle) {
+  events <- hub_take_progress(handle$pointer)
+  if (isFailure(events)) return(invisible())
+  for (report in lapply(events, unserialize)) {
+    if (inherits(report, "rustcluster_elements")) {
+      handle$elements <- handle$elements + report$count
+    } else if (inherits(report, "condition")) {
+      handle$pending <- c(handle$pending, list(report))
+    }
+  }
+  invisible()
+}
+
+# Signals a condition of a task, as the task has done.
+signalReport <- function(condition) {
+  withRestarts(signalCondition(condition), muffleProgression = function(...) NULL)
+}
+
+# Returns a function that returns the progress of a job whose tasks are chunks: the number of elements that are finished,
+# and of busy workers. Elements of a worker that has died count although they are computed again.
+elementsProgress <- function(handle, sizes, progress) {
+  total <- sum(sizes)
   function() {
     at <- progress()
-    cli::cli_progress_update(set = at[[1L]], id = bar, extra = list(busy = at[[2L]]), .envir = envir)
+    open <- length(sizes) - at[[1L]]
+    finished <- if (open == 0) total else floor(at[[1L]] * total / length(sizes))
+    c(min(max(finished, handle$elements), total - open), at[[2L]])
   }
+}
+
+# In a worker ----------------------------------------------------------------------------------------
+
+# Sends a progress event of the current task to the head.
+report <- function(value) {
+  checked(worker_report(serialize(value, NULL, xdr = FALSE)))
+}
+
+# Sends a condition of progressr to the head. Nothing that fails here is an error of the task.
+reportProgression <- function(condition) {
+  tryCatch(report(condition), error = function(e) NULL)
+}
+
+# Works as lapply() and reports how many elements are finished, five times a second at most. The calls of FUN are those
+# of lapply().
+lapplyReporting <- function(X, FUN, ...) {
+  FUN <- match.fun(FUN)
+  if (!is.vector(X) || is.object(X)) X <- as.list(X)
+  values <- vector("list", length(X))
+  reported <- 0L
+  due <- proc.time()[["elapsed"]] + 0.2
+  for (i in seq_along(X)) {
+    value <- forceAndCall(1L, FUN, X[[i]], ...)
+    if (!is.null(value)) values[[i]] <- value
+    now <- proc.time()[["elapsed"]]
+    if (now >= due) {
+      reportProgression(structure(list(count = i - reported), class = "rustcluster_elements"))
+      reported <- i
+      due <- now + 0.2
+    }
+  }
+  names(values) <- names(X)
+  values
 }

@@ -67,6 +67,10 @@ newHandle <- function(pointer, agents, handle = new.env(parent = emptyenv())) {
   handle$stopTimeout <- 0
   # Warnings and messages that have not been raised yet (events.R).
   handle$pending <- list()
+  # Whether to receive what tasks report while they run, and the number of elements of chunks that they have reported as
+  # finished (progress.R).
+  handle$receivesReports <- FALSE
+  handle$elements <- 0
   # The number by which the hub's thread names the cluster (promises.R).
   awaited$count <- awaited$count + 1
   handle$number <- awaited$count

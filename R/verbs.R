@@ -242,6 +242,7 @@ callAll <- function(cl, message, setupKey = setupKeyOf("clusterCall", message$da
   if (handle$awaits && !isOnlyLogged(message$data)) awaitNodes(handle, cluster_ranks(cl))
   job <- handle$jobs <- handle$jobs + 1
   force(setupKey)
+  if (isNamespaceLoaded("progressr")) receiveReports(handle)
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
   repeat {
@@ -265,6 +266,7 @@ callAll <- function(cl, message, setupKey = setupKeyOf("clusterCall", message$da
     answers[answer$node] <- list(answer$value$value)
     result <- NULL
   }
+  if (handle$receivesReports) showEvents(handle)
   checkForRemoteErrors <- parallels$checkForRemoteErrors
   recvResult <- identity
   cl <- answers

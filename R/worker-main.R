@@ -40,7 +40,7 @@ serveTasks <- function() {
   # An error or interrupt that a task does not catch ends the task, and nothing else. The handlers are made once, and
   # not for each task.
   while (caught(
-    tryCatch(serveUntilJump(), interrupt = function(e) answerFailure(e, "the task was interrupted", TRUE)),
+    tryCatch(serveReporting(), interrupt = function(e) answerFailure(e, "the task was interrupted", TRUE)),
     failed = function(e) answerFailure(e, withMemoryLimit(conditionMessage(e)))
   )) NULL
 }
@@ -110,6 +110,9 @@ sendable <- function(e, text) {
   )
   if (small) e else simpleError(text)
 }
+
+# A progressor that a task calls signals a condition, which no task of a cluster of parallel could show.
+serveReporting <- function() withCallingHandlers(serveUntilJump(), progression = reportProgression)
 
 # Returns FALSE when the worker is to end.
 serveUntilJump <- function() {

@@ -14,6 +14,17 @@ fn hub_events(handle: Robj) -> Robj {
     with_cluster(&handle, |cluster| Ok(events(cluster)))
 }
 
+/// Returns the progress events of tasks that have arrived since the last call, as a list of raw vectors. They
+/// are recorded from the first call on.
+/// @noRd
+#[extendr]
+fn hub_take_progress(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let events = cluster.hub.borrow().take_progress();
+        Ok(List::from_values(events.iter().map(|event| Raw::from_bytes(event))).into())
+    })
+}
+
 pub(super) fn events(cluster: &Cluster) -> Robj {
     let events = cluster.hub.borrow().take_events();
     if events.is_empty() {
@@ -99,4 +110,5 @@ pub(super) fn events(cluster: &Cluster) -> Robj {
 extendr_module! {
     mod events;
     fn hub_events;
+    fn hub_take_progress;
 }

@@ -838,6 +838,13 @@ impl Hub {
         self.core().inbox.has_events()
     }
 
+    /// Takes the progress events of tasks, each a serialized R object. They are recorded from the first call on.
+    pub fn take_progress(&self) -> Vec<Vec<u8>> {
+        let inbox = &mut self.core().inbox;
+        inbox.wants_progress = true;
+        inbox.take_progress()
+    }
+
     /// Takes the events since the last call.
     pub fn take_events(&self) -> Vec<Event> {
         self.core().inbox.take_events()

@@ -5,9 +5,10 @@ use super::futures::CallTable;
 use crate::head::scheduler::events::{Interruption, Note, Outcome, Termination};
 use crate::head::task_table::TaskTable;
 use crate::protocol::control::{Facts, Hello, ToHead, Usage, WorkerFailure};
-use crate::protocol::ids::{JobId, Rank};
+use crate::protocol::frame::{FIRST, LAST};
+use crate::protocol::ids::{JobId, Rank, TaskId};
 use bytes::Bytes;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,8 @@ use std::time::{Duration, Instant};
 const OUTPUT_LIMIT: usize = 16 * 1024 * 1024;
 /// Bytes counted for each piece of output besides its content.
 const OUTPUT_PIECE: usize = 64;
+/// Maximum number of bytes of progress events that wait for R: further events are dropped.
+const PROGRESS_LIMIT: usize = 16 * 1024 * 1024;
 
 /// Why a host was lost, with the output of its agent's command.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -227,6 +230,14 @@ pub struct Inbox {
     output: usize,
     /// Whether output is left out, since too much waited.
     mute: bool,
+    /// Whether R wants progress events of tasks that are no calls.
+    pub wants_progress: bool,
+    /// Progress events of these tasks, each in one piece.
+    progress_events: Vec<Vec<u8>>,
+    /// Progress events of which a part has arrived, by the task.
+    incomplete_progress: HashMap<TaskId, Vec<u8>>,
+    /// Bytes of both.
+    progress: usize,
     /// Workers that have come up.
     pub up: usize,
     /// How often a worker has joined or come back.
@@ -250,6 +261,10 @@ impl Inbox {
             events: VecDeque::new(),
             output: 0,
             mute: false,
+            wants_progress: false,
+            progress_events: Vec::new(),
+            incomplete_progress: HashMap::new(),
+            progress: 0,
             up: 0,
             arrivals: 0,
             closed: false,
@@ -394,6 +409,7 @@ impl Inbox {
             Note::Done {
                 task, job, outcome, ..
             } => {
+                self.drop_incomplete(task);
                 if let Err(Outcome::Answer(body)) = self.tasks.ended(task, job, outcome) {
                     return body.len;
                 }
@@ -440,7 +456,10 @@ impl Inbox {
                     }
                 }
             }
-            Note::ProgressEvent { task, flags, bytes } => self.calls.progress(task, flags, &bytes),
+            Note::ProgressEvent { task, flags, bytes } if self.calls.expects(task) => {
+                self.calls.progress(task, flags, &bytes);
+            }
+            Note::ProgressEvent { task, flags, bytes } => self.reported(task, flags, &bytes),
             // Its stream is closed for that reason.
             Note::Failed { .. } => {}
             Note::StartFailed { agent, reason } => self.hosts[agent].start_failure = Some(reason),
@@ -462,9 +481,42 @@ impl Inbox {
         }
     }
 
+    /// A part of a progress event of a task that is no call has arrived.
+    fn reported(&mut self, task: TaskId, flags: u8, bytes: &[u8]) {
+        if !self.wants_progress {
+            return;
+        }
+        if flags & FIRST != 0 {
+            self.drop_incomplete(task);
+            if self.progress + bytes.len() > PROGRESS_LIMIT {
+                return;
+            }
+            self.incomplete_progress.insert(task, Vec::new());
+        }
+        let Some(event) = self.incomplete_progress.get_mut(&task) else {
+            return;
+        };
+        event.extend_from_slice(bytes);
+        self.progress += bytes.len();
+        if self.progress > PROGRESS_LIMIT {
+            self.drop_incomplete(task);
+        } else if flags & LAST != 0 {
+            let bytes = std::mem::take(event);
+            self.incomplete_progress.remove(&task);
+            self.progress_events.push(bytes);
+        }
+    }
+
+    /// Drops a progress event whose end has not arrived.
+    fn drop_incomplete(&mut self, task: TaskId) {
+        if let Some(event) = self.incomplete_progress.remove(&task) {
+            self.progress -= event.len();
+        }
+    }
+
     /// Whether there are events for R to show.
     pub fn has_events(&self) -> bool {
-        !self.events.is_empty()
+        !self.events.is_empty() || !self.progress_events.is_empty()
     }
 
     /// Takes the events since the last call.
@@ -472,6 +524,12 @@ impl Inbox {
         self.output = 0;
         self.mute = false;
         self.events.drain(..).collect()
+    }
+
+    /// Takes the progress events of tasks since the last call.
+    pub fn take_progress(&mut self) -> Vec<Vec<u8>> {
+        self.progress = self.incomplete_progress.values().map(Vec::len).sum();
+        std::mem::take(&mut self.progress_events)
     }
 
     fn terminated(&mut self, rank: Rank, termination: Arc<Termination>) {
@@ -632,5 +690,42 @@ mod tests {
         // Once the output is taken, there is room again.
         inbox.note(printed(0, &bytes));
         assert_eq!(inbox.take_events(), [Event::Output { rank: 0, bytes }]);
+    }
+
+    #[test]
+    fn progress_of_tasks_is_taken_in_whole_events_and_bounded() {
+        let mut inbox = Inbox::new(1);
+        inbox.set_workers(&[vec![0]]);
+        let report = |inbox: &mut Inbox, task, flags, bytes: &[u8]| {
+            let bytes = Bytes::copy_from_slice(bytes);
+            inbox.note(Note::ProgressEvent { task, flags, bytes });
+        };
+        report(&mut inbox, 1, FIRST | LAST, b"nobody wants it");
+        inbox.wants_progress = true;
+        report(&mut inbox, 1, FIRST, b"a");
+        report(&mut inbox, 2, FIRST | LAST, b"b");
+        report(&mut inbox, 1, LAST, b"c");
+        report(&mut inbox, 2, FIRST, b"its worker dies");
+        assert_eq!(inbox.take_progress(), [b"b".to_vec(), b"ac".to_vec()]);
+        inbox.note(Note::Done {
+            rank: 0,
+            task: 2,
+            job: 1,
+            outcome: Outcome::TimedOut,
+        });
+        report(&mut inbox, 2, LAST, b"of nothing");
+        assert!(inbox.take_progress().is_empty());
+        let large = vec![0; PROGRESS_LIMIT / 2];
+        for _ in 0..3 {
+            report(&mut inbox, 3, FIRST | LAST, &large);
+        }
+        report(&mut inbox, 4, FIRST, &large);
+        assert_eq!(inbox.take_progress().len(), 2);
+        report(&mut inbox, 3, FIRST, &large);
+        report(&mut inbox, 3, 0, &large);
+        report(&mut inbox, 3, LAST, &large);
+        assert!(inbox.take_progress().is_empty());
+        report(&mut inbox, 3, FIRST | LAST, b"there is room again");
+        assert_eq!(inbox.take_progress().len(), 1);
     }
 }
