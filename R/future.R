@@ -140,17 +140,26 @@ dropFuture <- function(record) {
 }
 
 # The progress of the open futures of each cluster, by the ids of the clusters: the number of futures since the last time
-# that none was open, and how they are shown.
+# that none was open, how they are shown, and whether a function is running that launches futures.
 shownFutures <- new.env(parent = emptyenv())
 
-# Shows how many futures have ended, of those that have been launched since the last time that none was open.
-# `launched`: how many have just been launched.
+# Shows how many futures have ended. All futures of a function such as future_lapply() count together, and other futures
+# from the first one until none is open. `launched`: how many have just been launched.
 showFutures <- function(id, launched = 0) {
   shown <- shownFutures[[id]]
   if (is.null(shown)) {
     if (!launched || !isTRUE(getOption("rustcluster.progress"))) return(invisible())
     shown <- new.env(parent = emptyenv())
     shown$launched <- 0
+    launcher <- launchingFrame()
+    shown$launching <- !is.null(launcher)
+    if (shown$launching) {
+      end <- function() {
+        shown$launching <- FALSE
+        if (identical(shownFutures[[id]], shown)) showFutures(id)
+      }
+      do.call(on.exit, list(as.call(list(end)), TRUE), envir = launcher)
+    }
     assign(id, shown, shownFutures)
     progress <- function() {
       open <- length(openFutures[[id]])
@@ -165,11 +174,26 @@ showFutures <- function(id, launched = 0) {
   }
   shown$launched <- shown$launched + launched
   shown$view$update()
-  if (!length(openFutures[[id]])) {
+  if (!shown$launching && !length(openFutures[[id]])) {
     shown$view$end()
     rm(list = id, envir = shownFutures)
   }
   invisible()
+}
+
+# Returns the frame of the function of a package that launches futures, such as future_lapply(), or NULL if other code
+# has called future().
+launchingFrame <- function() {
+  frame <- NULL
+  for (depth in rev(seq_len(sys.nframe()))) {
+    home <- topenv(environment(sys.function(depth)))
+    if (identical(home, baseenv()) || identical(home, topenv())) next
+    if (!isNamespace(home)) break
+    if (getNamespaceName(home) == "future") next
+    if (!"future" %in% names(getNamespaceImports(home))) break
+    frame <- sys.frame(depth)
+  }
+  frame
 }
 
 clusterOf <- function(future) {

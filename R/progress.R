@@ -40,7 +40,7 @@ showsBars <- function() interactive() && cli::is_dynamic_tty() && !isTRUE(getOpt
 # or a function that returns it.
 progressBar <- function(progress, n, what, envir = NULL) {
   total <- if (is.function(n)) n else function() n
-  whats <- paste0(what, "s")
+  whats <- paste0(what, if (!identical(n, 1L) && !identical(n, 1)) "s")
   bar <- cli::cli_progress_bar(
     # The bar is updated once more after the last task has ended.
     total = total(), clear = FALSE, auto_terminate = FALSE, .envir = if (is.null(envir)) globalenv() else envir,
@@ -66,9 +66,9 @@ progressBar <- function(progress, n, what, envir = NULL) {
 progressLines <- function(progress, n, what) {
   total <- if (is.function(n)) n else function() n
   began <- proc.time()[["elapsed"]]
+  before <- progress()[[1L]]
   shortest <- getOption("cli.progress_show_after", 1)
   due <- shortest
-  whats <- paste0(what, "s")
   ended <- FALSE
   function() {
     elapsed <- proc.time()[["elapsed"]] - began
@@ -76,14 +76,16 @@ progressLines <- function(progress, n, what) {
     at <- progress()
     done <- at[[1L]]
     n <- total()
-    rate <- paste0(format(signif(done / max(elapsed, 0.001), 2L)), "/s")
+    whats <- paste0(what, if (n != 1) "s")
+    rate <- (done - before) / max(elapsed, 0.001)
+    speed <- paste0(format(signif(rate, 2L)), "/s")
     if (done >= n) {
       ended <<- TRUE
-      message(n, " ", whats, " in ", formatSeconds(elapsed), " (", rate, ")")
+      message(n, " ", whats, " in ", formatSeconds(elapsed), " (", speed, ")")
     } else if (elapsed >= due) {
       due <<- elapsed + min(600, max(5, elapsed / 5))
-      left <- if (done > 0) formatSeconds(elapsed / done * (n - done)) else "?"
-      message(done, "/", n, " ", whats, " | ", rate, " | ", at[[2L]], " busy | ETA ", left)
+      left <- if (rate > 0) formatSeconds((n - done) / rate) else "?"
+      message(done, "/", n, " ", whats, " | ", speed, " | ", at[[2L]], " busy | ETA ", left)
     }
   }
 }

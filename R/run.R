@@ -16,8 +16,8 @@
 #'       missing ones are `NULL`.}
 #'     \item{errors()}{Returns a data frame with a row for each failed element: `index`, `name` (`NA` without names),
 #'       `message`, `class` (the first class of the condition). It prints the first line of each message, shortened.}
-#'     \item{wait(timeout = Inf, progress = interactive())}{Waits until nobody computes the run any more, with a
-#'       progress bar. Returns the state, invisibly: `"running"` or `"starting"` after `timeout` seconds.}
+#'     \item{wait(timeout = Inf, progress)}{Waits until nobody computes the run any more. Shows its progress, by default
+#'       if the session is interactive or the progress of jobs is shown: see section Progress of [verbs]. Returns the state, invisibly: `"running"` or `"starting"` after `timeout` seconds.}
 #'     \item{cancel(timeout = 30)}{Ends the runner, on whatever machine it is. Results are kept, and `resume()`
 #'       continues. Waits until the runner has ended, at most `timeout` seconds. Returns whether it has, invisibly. An
 #'       interrupted run becomes a cancelled one. Workers that wait for the next runner (`linger`) end, too.}
@@ -91,7 +91,7 @@ newRun <- function(dir) {
     status = function() runStatus(dir, opened),
     results = function(partial = FALSE) runResults(dir, opened, partial),
     errors = function() runErrors(dir, opened),
-    wait = function(timeout = Inf, progress = interactive()) runWait(dir, opened, timeout, progress),
+    wait = function(timeout = Inf, progress = showsRuns()) runWait(dir, opened, timeout, progress),
     cancel = function(timeout = 30) runCancel(dir, opened, timeout),
     resume = function(spec = NULL, packages = NULL, cluster = NULL, .wait = 10) {
       invisible(runResume(dir, opened, spec, packages, cluster, .wait, !missing(spec)))
@@ -294,16 +294,17 @@ messageOf <- function(condition) {
   if (nzchar(text)) text else class(condition)[[1L]]
 }
 
+# Returns whether the progress of a run is shown unless the caller says otherwise.
+showsRuns <- function() wantsProgress() || (interactive() && is.null(getOption("rustcluster.progress")))
+
 runWait <- function(dir, opened, timeout, progress) {
   timeout <- plain(timeout)
   between(timeout, "timeout", "a number of seconds", 0, 1e9, infinite = TRUE)
   if (!isTRUE(progress) && !isFALSE(progress)) badArgument("progress", "must be TRUE or FALSE")
   status <- runStatus(dir, opened)
   deadline <- proc.time()[["elapsed"]] + timeout
-  shown <- if (progress && !status$state %in% finalStates && isTRUE(status$total > 0)) {
-    showProgress(function() c(status$done + status$failed, c(status$busy[!is.na(status$busy)], 0)[[1L]]), status$total,
-                 "element")
-  }
+  finished <- function() c(status$done + status$failed, c(status$busy[!is.na(status$busy)], 0)[[1L]])
+  shown <- NULL
   pause <- 0.05
   while (!status$state %in% finalStates) {
     left <- deadline - proc.time()[["elapsed"]]
@@ -311,7 +312,11 @@ runWait <- function(dir, opened, timeout, progress) {
     Sys.sleep(min(pause, left))
     # A short run is seen to end at once, and a long one costs little.
     pause <- min(pause * 1.2, 1)
-    status <- if (is.null(shown)) runnerState(dir) else runStatus(dir, opened)
+    status <- if (progress) runStatus(dir, opened) else runnerState(dir)
+    # A run that has just been started does not know yet what it has to compute.
+    if (progress && is.null(shown) && isTRUE(status$total > 0)) {
+      shown <- showProgress(finished, status$total, "element", environment())
+    }
     if (!is.null(shown)) shown()
   }
   invisible(runStatus(dir, opened)$state)

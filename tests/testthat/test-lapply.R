@@ -470,40 +470,6 @@ test_that(".errors", {
   note_processes(cl)
 })
 
-test_that("progress, at a terminal and not", {
-  script <- tempfile(fileext = ".R")
-  writeLines(c(
-    "suppressPackageStartupMessages({library(parallel); library(rustcluster)})",
-    "cl <- makeRustCluster(2, progress = FALSE)",
-    "slow <- function(i) { Sys.sleep(0.1); i }",
-    "options(rustcluster.progress = TRUE, cli.progress_show_after = 0)",
-    "stopifnot(identical(rustcluster::clusterApplyLB(cl, 1:12, slow), as.list(1:12)))",
-    "options(rustcluster.progress = FALSE)",
-    "stopifnot(identical(clusterLapply(cl, 1:11, slow, .progress = TRUE), as.list(1:11)))",
-    "invisible(clusterLapply(cl, 1:13, slow))",
-    "try(clusterLapply(cl, 1:14, function(i) {",
-    "  Sys.sleep(0.1)",
-    "  if (i == 10) stop('forty')",
-    "}, .progress = TRUE, .errors = 'stop'))",
-    "stopCluster(cl)",
-    "cat('all done\\n')"
-  ), script)
-  rscript <- file.path(R.home("bin"), "Rscript")
-  out <- system2(rscript, script, stdout = TRUE, stderr = TRUE)
-  expect_null(attr(out, "status"))
-  expect_true("all done" %in% out)
-  skip_if(!nzchar(Sys.which("script")), "there is no script")
-  out <- system2("script", c("-qec", shQuote(paste(rscript, script)), "/dev/null"), stdout = TRUE, stderr = TRUE)
-  text <- paste(out, collapse = "\n")
-  expect_match(text, "all done", fixed = TRUE)
-  expect_match(text, "[0-9]+/12 tasks")
-  expect_match(text, "[0-9]+/11 elements")
-  expect_match(text, "[12] busy")
-  expect_match(text, "11 elements in", fixed = TRUE)
-  expect_no_match(text, "/13 tasks")
-  expect_match(text, "failed: forty")
-})
-
 test_that("values of the classes of failures are values", {
   cl <- local_cluster(2)
   classes <- list(
