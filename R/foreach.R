@@ -12,7 +12,7 @@
 #' * An iteration is retried after a worker failure: see [rustcluster_faults]. If its worker died on all attempts, or if
 #'   it exceeded `timeout` of the cluster, the iteration has an error, which `.errorhandling` handles. With `"stop"`,
 #'   the error is raised with its condition class.
-#' * `options(rustcluster.progress = TRUE)` shows a progress bar.
+#' * `options(rustcluster.progress = TRUE)` and \pkg{progressr} show progress: see section Progress of [verbs].
 #'
 #' `.options.rustcluster = list(store = "dir")` keeps the results of the iterations in a directory. The same loop, run
 #' again, computes only what is missing, and combines all: see section Stored results of [clusterLapply()]. The

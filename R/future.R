@@ -17,6 +17,8 @@
 #' futures are sequential, unless the plan says otherwise. A future is retried after a worker failure, as often as
 #' `retries` of the cluster says. If its worker died on all attempts, the future has a `FutureError` with all reasons.
 #' \pkg{future.apply}, \pkg{furrr} and \pkg{doFuture} (`%dopar%` and `%dofuture%`) work with this backend.
+#' `options(rustcluster.progress = TRUE)` shows how many futures have ended, of those that a function such as
+#' `future_lapply()` has launched: see section Progress of [verbs].
 #'
 #' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works, too. That backend does not
 #' relay immediate conditions, such as the progress of \pkg{progressr}. Its `resolved()` uses one of R's connections for
@@ -150,7 +152,7 @@ showFutures <- function(id, launched = 0) {
   if (is.null(shown)) {
     if (!launched || !isTRUE(getOption("rustcluster.progress"))) return(invisible())
     shown <- new.env(parent = emptyenv())
-    shown$launched <- 0
+    shown$launched <- launched
     launcher <- launchingFrame()
     shown$launching <- !is.null(launcher)
     if (shown$launching) {
@@ -171,8 +173,9 @@ showFutures <- function(id, launched = 0) {
     } else {
       list(update = progressLines(progress, total, "future"), end = function() NULL)
     }
+  } else {
+    shown$launched <- shown$launched + launched
   }
-  shown$launched <- shown$launched + launched
   shown$view$update()
   if (!shown$launching && !length(openFutures[[id]])) {
     shown$view$end()

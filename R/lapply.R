@@ -14,8 +14,8 @@
 #'   for short arguments and for long numeric vectors. A large list or a data frame with text is unserialized for each
 #'   element: short tasks are faster if such data is in the environment of `FUN`, or exported.
 #' @param .progress (logical) Whether to show a progress bar with the number of finished elements, their rate, the
-#'   number of busy workers and the remaining time. The bar appears after about two seconds. Default: option
-#'   `rustcluster.progress`.
+#'   number of busy workers and the remaining time: see section Progress of [verbs]. Default: option
+#'   `rustcluster.progress`; without it, `TRUE` where \pkg{progressr} shows progress.
 #' @param .seed (logical or integer) Seed of the random numbers. With a number, each element has its own stream of
 #'   random numbers of the L'Ecuyer-CMRG generator ([parallel::nextRNGStream()], starting at `set.seed(.seed)`). The
 #'   results then do not depend on the workers, their number, retries or `.order`. `TRUE` draws the number from the

@@ -48,9 +48,18 @@
 #' The errors of the function of \pkg{parallel}, and those of clusters made by [makeRustCluster()]: see there.
 #' @section Progress:
 #' With `options(rustcluster.progress = TRUE)`, functions that run several tasks show a bar with the number of finished
-#' tasks, their rate, the remaining time and the number of busy workers. `parLapply()`, `parSapply()` and `par*apply()`
-#' send one task to each worker: the bar counts chunks of elements, and moves late. It moves sooner with a
-#' `chunk.size`, and with `parLapplyLB()` and `parSapplyLB()`, for which it counts elements unless `chunk.size` is set.
+#' tasks, their rate, the number of busy workers and the remaining time. `parLapply()`, `parSapply()` and `parApply()`
+#' send chunks of elements: the bar counts elements. `parRapply()` and `parCapply()` count chunks. The option applies to
+#' [clusterLapply()], foreach, runs ([startRun()]) and futures, too. futures are counted as they are launched.
+#'
+#' In scripts, in documents of \pkg{knitr} and wherever no bar can be drawn, a message is printed now and then instead:
+#' after a second, then at growing intervals of 5 seconds to 10 minutes, and at the end. Jobs of less than a second print
+#' nothing. `options(cli.progress_show_after = )` sets another number of seconds, also for the bar.
+#'
+#' \pkg{progressr} needs no option. Within `progressr::with_progress()`, or after `progressr::handlers(global = TRUE)`,
+#' its handlers show the same progress instead of the bar, unless the option is `FALSE`. Tasks may also call a progressor
+#' of the session, which this session then shows: `p <- progressr::progressor(100)`, and `p()` in `fun`, with `p` as an
+#' argument.
 #' @seealso [clusterLapply()] for seeds, timeouts and streaming results.
 #' @examples
 #' cl <- makeRustCluster(2)
