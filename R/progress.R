@@ -16,7 +16,8 @@ progressrListens <- function() {
   for (depth in seq_len(sys.nframe())) {
     if (identical(sys.function(depth), progressr::with_progress)) return(TRUE)
   }
-  isTRUE(progressr::handlers(global = NA))
+  # The question takes progressr long, and most sessions have no such handlers.
+  length(globalCallingHandlers()) > 0L && isTRUE(progressr::handlers(global = NA))
 }
 
 # Returns a function that updates what is shown. It ends with the frame of the caller. `progress`: returns the numbers
@@ -167,17 +168,21 @@ lapplyReporting <- function(X, FUN, ...) {
   FUN <- match.fun(FUN)
   if (!is.vector(X) || is.object(X)) X <- as.list(X)
   values <- vector("list", length(X))
-  reported <- 0L
+  reported <- looked <- 0L
+  pause <- 1L
   due <- proc.time()[["elapsed"]] + 0.2
   for (i in seq_along(X)) {
     value <- forceAndCall(1L, FUN, X[[i]], ...)
     if (!is.null(value)) values[[i]] <- value
+    if (i - looked < pause) next
     now <- proc.time()[["elapsed"]]
-    if (now >= due) {
-      reportProgression(structure(list(count = i - reported), class = "rustcluster_elements"))
-      reported <- i
-      due <- now + 0.2
-    }
+    # Looking at the clock takes longer than a short element: look after a few of them.
+    pause <- if (now < due - 0.1) min(2L * pause, 16L) else 1L
+    looked <- i
+    if (now < due) next
+    reportProgression(structure(list(count = i - reported), class = "rustcluster_elements"))
+    reported <- i
+    due <- now + 0.2
   }
   names(values) <- names(X)
   values
