@@ -265,6 +265,7 @@ callAll <- function(cl, message, setupKey = setupKeyOf("clusterCall", message$da
     answers[answer$node] <- list(answer$value$value)
     result <- NULL
   }
+  hintAt(answers)
   checkForRemoteErrors <- parallels$checkForRemoteErrors
   recvResult <- identity
   cl <- answers
