@@ -148,7 +148,8 @@ clusterOptions <- function(given) {
     known <- c(setdiff(names(formals(makeRustCluster)), "..."), meaningful)
     abort(
       "bad_argument", "unknown argument", if (length(unknown) > 1L) "s", " ",
-      paste0("`", unknown, "`", collapse = ", "), doneElsewhere(unknown), didYouMean(unknown, known, argumentsElsewhere),
+      paste0("`", unknown, "`", collapse = ", "), doneElsewhere(unknown),
+      didYouMean(unknown, known, argumentsElsewhere),
       fields = list(argument = unknown)
     )
   }
