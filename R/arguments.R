@@ -6,10 +6,22 @@ theFunction <- function(FUN, envir = parent.frame(2L)) {
   if (is.function(FUN)) return(FUN)
   name <- plain(FUN)
   if (!is.symbol(name) && !(is.character(name) && length(name) == 1L)) name <- eval.parent(substitute(substitute(FUN)))
-  if (!is.symbol(name) && !is.character(name)) badArgument("FUN", "must be a function, or the name of one")
+  if (!is.symbol(name) && !is.character(name)) {
+    swapped <- is.function(tryCatch(eval.parent(quote(X)), error = function(e) NULL))
+    badArgument(
+      "FUN", "must be a function, or the name of one", if (swapped) "; `X` is a function, and the order is `cl, X, FUN`"
+    )
+  }
   tryCatch(get(as.character(name), envir = envir, mode = "function"), error = function(e) {
     badArgument("FUN", "must be a function, or the name of one: ", conditionMessage(e))
   })
+}
+
+# Refuses a cluster in place of `X`, and something else in place of `cl`.
+refuseSwapped <- function(cl, X) {
+  if (!inherits(cl, "cluster") && inherits(X, "cluster")) {
+    badArgument("cl", "is not a cluster, and `X` is one; the order is `cl, X, FUN`")
+  }
 }
 
 # Removes the class of an argument, because methods of the class may do anything. Classes whose values are not plain
@@ -96,8 +108,19 @@ meaningless <- c("port", "master", "useXDR", "setup_strategy", "type", "rprog", 
 # Arguments that other functions have for what is an argument of makeRustCluster().
 argumentsElsewhere <- c(
   workers = "spec", nodes = "spec", hosts = "spec", cores = "spec", n = "spec", ncores = "spec", nworkers = "spec",
-  retry = "retries", env = "rscript_envs", envs = "rscript_envs"
+  retry = "retries", env = "rscript_envs", envs = "rscript_envs", library = "packages", libraries = "packages",
+  pkgs = "packages", memory = "memory_limit"
 )
+
+# Returns the end of an error message about arguments that makeRustCluster() does not have because other functions do
+# what they ask for.
+doneElsewhere <- function(unknown) {
+  seeds <- "random numbers, clusterSetRNGStream(cl, seed) or clusterLapply(.seed = seed)"
+  exports <- "variables, clusterExport(cl, names)"
+  functions <- c(seed = seeds, iseed = seeds, export = exports, exports = exports, varlist = exports, globals = exports)
+  found <- unique(functions[intersect(unknown, names(functions))])
+  if (length(found)) paste0("; use, for ", paste(found, collapse = ", and for "))
+}
 
 # Returns the end of an error message about unknown names: the known names that they probably stand for. `synonyms`:
 # known names, named by other words for them. A name that is not similar to any other gets no hint.
@@ -125,7 +148,8 @@ clusterOptions <- function(given) {
     known <- c(setdiff(names(formals(makeRustCluster)), "..."), meaningful)
     abort(
       "bad_argument", "unknown argument", if (length(unknown) > 1L) "s", " ",
-      paste0("`", unknown, "`", collapse = ", "), didYouMean(unknown, known, argumentsElsewhere),
+      paste0("`", unknown, "`", collapse = ", "), doneElsewhere(unknown),
+      didYouMean(unknown, known, argumentsElsewhere),
       fields = list(argument = unknown)
     )
   }
@@ -202,6 +226,9 @@ shownNumber <- function(number) {
 
 # Checks `type`, which selects nothing here: all types of makeCluster() are accepted.
 checkType <- function(type) {
+  if (is.numeric(type)) {
+    badArgument("type", "is the second argument; hosts with their numbers of workers are one: c(node1 = 8, node2 = 8)")
+  }
   if (!is.character(type) || length(type) != 1L || !type %in% clusterTypes) {
     badArgument("type", "must be a cluster type of makeCluster(): ", paste0("\"", clusterTypes, "\"", collapse = ", "))
   }

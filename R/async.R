@@ -33,6 +33,7 @@
 #' parallel::stopCluster(cl)
 #' @export
 clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
+  if (!missing(X)) refuseSwapped(cl, X)
   cl <- theCluster(cl)
   FUN <- theFunction(FUN)
   if (missing(X)) badArgument("X", "is missing")

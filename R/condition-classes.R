@@ -127,6 +127,10 @@ conditionClasses <- list(
       "`seconds` (until",
       "the end, if they are known)."
     ),
+    hint = paste(
+      "A worker lacks a variable, function or package that this session has. It is raised once a session for each",
+      "name, before the error of a function of parallel. Field `name`."
+    ),
     host_back = "A lost host is back.",
     run_waiting = "Results cannot be written at present, and wait on the hosts. Fields `dir`, `reason`.",
     job_renewed = "The job of a host has ended, and another has been submitted. Field `host`.",

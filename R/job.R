@@ -272,6 +272,7 @@ checkedResults <- function(job, chunks = NULL) {
   failed <- job$failed
   if (!is.null(chunks)) failed <- failed[!duplicated(chunks[failed])]
   val <- val[failed]
+  hintAt(val)
   checkForRemoteErrors <- parallels$checkForRemoteErrors
   checkForRemoteErrors(val)
 }

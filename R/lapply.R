@@ -106,6 +106,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
                           .onResult = NULL, .errors = c("finish", "stop", "return"), .store = NULL, .collect = TRUE,
                           .reuse = c("all", "same"), .retry_errors = TRUE, .sync = 0.1, .save = c("head", "hosts"),
                           .save_dir = NULL) {
+  if (!missing(X)) refuseSwapped(cl, X)
   cl <- theCluster(cl)
   parts <- clustersOf(cl)
   FUN <- theFunction(FUN)
@@ -284,6 +285,7 @@ raiseElementFailed <- function(first, failed, results, dir = NULL) {
 # `where`: where the results of the others are.
 elementFailed <- function(text, indices, results, ..., where = whereResults("rustcluster_element_failed")) {
   others <- length(indices) - 1L
+  hint <- hintFor(text)
   # The text of a worker failure or of a timeout names the element.
   element <- paste0("element ", indices[[1L]], " ")
   rustclusterCondition(
@@ -291,7 +293,7 @@ elementFailed <- function(text, indices, results, ..., where = whereResults("rus
     paste0(
       if (!startsWith(text, element)) paste0(element, "failed: "), text,
       if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)")),
-      if (length(results) > length(indices)) where
+      if (length(results) > length(indices)) where, if (!is.null(hint)) paste0("\n", hint$text)
     ),
     index = indices[[1L]], indices = indices, results = results, ...
   )

@@ -167,6 +167,12 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
                             buffer_limit = 512 * 2^20, setup_log_limit = NULL, stop_timeout = 5, wait = "all",
                             linger = 0, progress = interactive()) {
   own <- setdiff(names(formals()), c("spec", "type", "..."))
+  # library() takes a name without quotes.
+  written <- substitute(packages)
+  tryCatch(packages, error = function(e) {
+    if (!is.symbol(written) || !identical(nameNotFound(conditionMessage(e)), as.character(written))) stop(e)
+    badArgument("packages", "must be a character vector of package names: put `", as.character(written), "` in quotes")
+  })
   given <- useNewNames(list(...), names(match.call(expand.dots = FALSE)))
   for (name in intersect(own, names(given))) {
     assign(name, given[[name]])

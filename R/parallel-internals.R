@@ -238,6 +238,7 @@ findVerbs <- function(namespace = topenv()) {
   below$staticClusterApply <- handsOut("staticClusterApply", round = TRUE)
   below$dynamicClusterApply <- handsOut("dynamicClusterApply", round = FALSE)
   below$gets <- parallels$gets
+  below$get <- getExported
   below$defaultCluster <- usableCluster
   below$splitIndices <- cutIndices
   below$splitList <- rebound("splitList", below)

@@ -276,6 +276,7 @@ callAll <- function(cl, message, setupKey = setupKeyOf("clusterCall", message$da
     result <- NULL
   }
   if (handle$receivesReports) showEvents(handle)
+  hintAt(answers)
   checkForRemoteErrors <- parallels$checkForRemoteErrors
   recvResult <- identity
   cl <- answers

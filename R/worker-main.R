@@ -23,7 +23,9 @@ attachPackages <- function(packages) {
   for (package in packages) {
     failed <- tryCatch(
       {
-        library(package, character.only = TRUE)
+        # The line that this package prints when it is attached is for users.
+        quietly <- if (identical(package, "rustcluster")) suppressPackageStartupMessages else identity
+        quietly(library(package, character.only = TRUE))
         NULL
       },
       error = conditionMessage

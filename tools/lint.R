@@ -1,7 +1,7 @@
 # Lints the R code by .lintr, and the tests by tests/.lintr. Prints the findings, and fails if there are any.
 # Usage is checked in R/ only: lintr does not know the definitions of other files (the helpers of tests and
 # benches).
-folders <- c("R", "tests", "tools", "inst/bench")
+folders <- c("R", "tests", "tools", "demo", "inst/bench")
 files <- list.files(folders, "[.][Rr]$", recursive = TRUE, full.names = TRUE)
 lint <- function(file) {
   found <- lintr::lint(file)

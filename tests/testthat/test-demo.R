@@ -1,0 +1,30 @@
+# demo("rustcluster"), in a session of its own.
+
+skip_on_cran()
+skip_unless_proc()
+
+test_that("the demo runs in a session without a terminal and leaves nothing", {
+  skip_if_not(nzchar(system.file("demo", "rustcluster.R", package = "rustcluster")), "demos are not installed")
+  child <- start_child({
+    before <- ls(globalenv(), all.names = TRUE)
+    files <- list.files(tempdir())
+    shown <- utils::capture.output(utils::demo("rustcluster", package = "rustcluster", ask = FALSE))
+    say("true", sum(shown == "[1] TRUE"))
+    say("cubes", sum(shown == "[1]  1  8 27 64"))
+    say("stored", sum(grepl("^1[0-9] of 20 elements done", shown)))
+    say("errors", sum(startsWith(shown, "Error")))
+    say("variables", length(setdiff(ls(globalenv(), all.names = TRUE), c(before, "before", "files", "shown", ".Random.seed"))))
+    say("files", length(setdiff(list.files(tempdir()), files)))
+    children <- Sys.glob(sprintf("/proc/%d/task/*/children", Sys.getpid()))
+    say("processes", sum(nzchar(unlist(lapply(children, readLines, warn = FALSE)))))
+  })
+  expect_child_ends_well(child, 120)
+  said <- function(name) child_said(child, name)
+  expect_identical(said("true"), "2")
+  expect_identical(said("cubes"), "1")
+  expect_identical(said("stored"), "1")
+  expect_identical(said("errors"), "0")
+  expect_identical(said("variables"), "0")
+  expect_identical(said("files"), "0")
+  expect_identical(said("processes"), "0")
+})
