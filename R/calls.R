@@ -32,7 +32,7 @@ forgetRecord <- function(record) {
 }
 
 # Runs a function with these arguments on the next idle worker. `label`: the printed name of the call. `what`: what
-# error messages call it. `reportsProgress`: whether the caller relays the conditions that the call reports while it runs.
+# error messages call it. `reportsProgress`: whether the caller relays the conditions that the call reports.
 submit <- function(cl, fun, args, label, what = "the call", reportsProgress = FALSE) {
   sendCall(newRecord(cl, fun, args, label, what, reportsProgress))
 }

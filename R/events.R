@@ -37,8 +37,8 @@ show <- function(events, handle, except = NULL) {
   invisible()
 }
 
-# Raises pending warnings and messages, and conditions that tasks have reported. Removes each one before it is raised: its handler may run any code, or jump, and
-# the others are then still pending.
+# Raises pending warnings and messages, and conditions that tasks have reported. Removes each one before it is raised:
+# its handler may run any code, or jump, and the others are then still pending.
 raisePending <- function(handle) {
   while (length(handle$pending)) {
     condition <- handle$pending[[1L]]

@@ -141,8 +141,8 @@ dropFuture <- function(record) {
   }
 }
 
-# The progress of the open futures of each cluster, by the ids of the clusters: the number of futures since the last time
-# that none was open, how they are shown, and whether a function is running that launches futures.
+# The progress of the open futures of each cluster, by the ids of the clusters: the number of launched futures, how they
+# are shown, and whether a function is running that launches futures.
 shownFutures <- new.env(parent = emptyenv())
 
 # Shows how many futures have ended. All futures of a function such as future_lapply() count together, and other futures

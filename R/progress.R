@@ -37,8 +37,8 @@ showProgress <- function(progress, n, what, envir = parent.frame()) {
 # Returns whether a bar can be drawn: not in documents of knitr and in scripts, whose output is kept.
 showsBars <- function() interactive() && cli::is_dynamic_tty() && !isTRUE(getOption("knitr.in.progress"))
 
-# Returns functions that update and end a bar, which ends with the frame `envir` at the latest. `n`: the number of tasks,
-# or a function that returns it.
+# Returns functions that update and end a bar, which ends with the frame `envir` at the latest. `n`: the number of
+# tasks, or a function that returns it.
 progressBar <- function(progress, n, what, envir = NULL) {
   total <- if (is.function(n)) n else function() n
   whats <- paste0(what, if (!identical(n, 1L) && !identical(n, 1)) "s")
@@ -138,8 +138,8 @@ signalReport <- function(condition) {
   withRestarts(signalCondition(condition), muffleProgression = function(...) NULL)
 }
 
-# Returns a function that returns the progress of a job whose tasks are chunks: the number of elements that are finished,
-# and of busy workers. Elements of a worker that has died count although they are computed again.
+# Returns a function that returns the progress of a job whose tasks are chunks: the numbers of finished elements and of
+# busy workers. Elements of a worker that has died count although they are computed again.
 elementsProgress <- function(handle, sizes, progress) {
   total <- sum(sizes)
   function() {

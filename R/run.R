@@ -17,7 +17,8 @@
 #'     \item{errors()}{Returns a data frame with a row for each failed element: `index`, `name` (`NA` without names),
 #'       `message`, `class` (the first class of the condition). It prints the first line of each message, shortened.}
 #'     \item{wait(timeout = Inf, progress)}{Waits until nobody computes the run any more. Shows its progress, by default
-#'       if the session is interactive or the progress of jobs is shown: see section Progress of [verbs]. Returns the state, invisibly: `"running"` or `"starting"` after `timeout` seconds.}
+#'       if the session is interactive or the progress of jobs is shown: see section Progress of [verbs]. Returns the
+#'       state, invisibly: `"running"` or `"starting"` after `timeout` seconds.}
 #'     \item{cancel(timeout = 30)}{Ends the runner, on whatever machine it is. Results are kept, and `resume()`
 #'       continues. Waits until the runner has ended, at most `timeout` seconds. Returns whether it has, invisibly. An
 #'       interrupted run becomes a cancelled one. Workers that wait for the next runner (`linger`) end, too.}

@@ -50,16 +50,16 @@
 #' With `options(rustcluster.progress = TRUE)`, functions that run several tasks show a bar with the number of finished
 #' tasks, their rate, the number of busy workers and the remaining time. `parLapply()`, `parSapply()` and `parApply()`
 #' send chunks of elements: the bar counts elements. `parRapply()` and `parCapply()` count chunks. The option applies to
-#' [clusterLapply()], foreach, runs ([startRun()]) and futures, too. futures are counted as they are launched.
+#' [clusterLapply()], foreach, runs ([startRun()]) and futures, too. Futures are counted as they are launched.
 #'
 #' In scripts, in documents of \pkg{knitr} and wherever no bar can be drawn, a message is printed now and then instead:
-#' after a second, then at growing intervals of 5 seconds to 10 minutes, and at the end. Jobs of less than a second print
-#' nothing. `options(cli.progress_show_after = )` sets another number of seconds, also for the bar.
+#' after a second, then at growing intervals of 5 seconds to 10 minutes, and at the end. Jobs of less than a second
+#' print nothing. `options(cli.progress_show_after = )` sets another number of seconds, also for the bar.
 #'
 #' \pkg{progressr} needs no option. Within `progressr::with_progress()`, or after `progressr::handlers(global = TRUE)`,
-#' its handlers show the same progress instead of the bar, unless the option is `FALSE`. Tasks may also call a progressor
-#' of the session, which this session then shows: `p <- progressr::progressor(100)`, and `p()` in `fun`, with `p` as an
-#' argument.
+#' its handlers show the same progress instead of the bar, unless the option is `FALSE`. In a script they show nothing
+#' without `options(progressr.enable = TRUE)`. Tasks may also call a progressor of the session, whose handlers then show
+#' that: `p <- progressr::progressor(100)`, and `p()` in `fun`, with `p` as an argument.
 #' @seealso [clusterLapply()] for seeds, timeouts and streaming results.
 #' @examples
 #' cl <- makeRustCluster(2)
