@@ -28,19 +28,34 @@ for argument in "${rest[@]}"; do
 done
 if [ -z "$arch" ] && [ $# != 0 ]; then usage; fi
 
-work='' emulated='' part=''
-trap 'rm -rf "$work" "$emulated" "$part"' EXIT
+# Runs a command in a process group of its own, which ends with this script.
+run() {
+  set -m
+  "$@" </dev/null &
+  set +m
+  group=$!
+  wait "$group"
+  group=''
+}
+
+group='' work='' emulated='' part=''
+trap '
+  [ -z "$group" ] || { kill -KILL -- "-$group"; wait "$group"; } 2>/dev/null || true
+  rm -rf "$work" "$emulated" "$part"
+' EXIT
 if [ -z "$arch" ]; then
   type R gcc make xz >/dev/null || need_packages r-base-core r-base-dev xz-utils
   Rscript --vanilla -e 'quit(status = !requireNamespace("cli", quietly = TRUE))' || need_packages r-cran-cli
   need_rust
   # Help pages contain the path of their source: that of a copy, which also leaves the checkout as it is.
   work=$(mktemp -d)
+  # R that is killed leaves its temporary folder.
+  export TMPDIR=$work
   mkdir "$work/rustcluster"
   tar c --exclude=./.git --exclude=./src/rust/target . | tar x -C "$work/rustcluster"
-  "$work/rustcluster/tools/build-binary.sh" "$work"
+  run "$work/rustcluster/tools/build-binary.sh" "$work"
   built=$(echo "$work"/rustcluster_*.tar.gz)
-  tools/try-binary.sh "$built"
+  run tools/try-binary.sh "$built"
 else
   take_root
   need_arm64
@@ -58,13 +73,13 @@ else
   work=$roots/$suite-cross/srv/package
   rm -rf "$work"
   mkdir "$work"
-  inside "$roots/$suite-cross" /srv/rustcluster/tools/build-binary.sh /srv/package arm64
+  run inside "$roots/$suite-cross" /srv/rustcluster/tools/build-binary.sh /srv/package arm64
   built=$(echo "$work"/*.tar.gz)
   emulated=$roots/$suite-arm64/srv/package
   rm -rf "$emulated"
   mkdir "$emulated"
   cp tools/try-binary.sh "$built" "$emulated/"
-  inside "$roots/$suite-arm64" /srv/package/try-binary.sh "/srv/package/$(basename "$built")"
+  run inside "$roots/$suite-arm64" /srv/package/try-binary.sh "/srv/package/$(basename "$built")"
 fi
 # Nobody sees a part of the file.
 package=$into/$(basename "$built")
