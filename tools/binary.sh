@@ -44,7 +44,7 @@ trap '
   rm -rf "$work" "$emulated" "$part"
 ' EXIT
 if [ -z "$arch" ]; then
-  type R gcc make xz >/dev/null || need_packages r-base-core r-base-dev xz-utils
+  type R gcc make xz >/dev/null 2>&1 || need_packages r-base-core r-base-dev xz-utils
   Rscript --vanilla -e 'quit(status = !requireNamespace("cli", quietly = TRUE))' || need_packages r-cran-cli
   need_rust
   # Help pages contain the path of their source: that of a copy, which also leaves the checkout as it is.
@@ -57,6 +57,10 @@ if [ -z "$arch" ]; then
   built=$(echo "$work"/rustcluster_*.tar.gz)
   run tools/try-binary.sh "$built"
 else
+  if [ "$(uname -m)" != x86_64 ]; then
+    echo "this machine cannot cross-compile for arm64; on a machine for arm64: tools/binary.sh" >&2
+    exit 1
+  fi
   take_root
   need_arm64
   # Debian 12 has a newer Rust in separate packages.

@@ -15,9 +15,10 @@ options=() platform=''
 if [ "$arch" = arm64 ]; then
   options=(--no-test-load) platform=aarch64-unknown-linux-gnu
   export CARGO_BUILD_TARGET=$platform CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-  # The R library of this system is for another architecture: an empty one with its name is linked instead.
+  # The R library of this system is for another architecture: an empty one with its name is linked instead. Some
+  # compilers leave out libraries that have nothing to use.
   aarch64-linux-gnu-gcc -shared -Wl,-soname,libR.so -x c /dev/null -o "$work/libR.so"
-  MAKEFLAGS+=" CC=aarch64-linux-gnu-gcc LIBR=$work/libR.so"
+  MAKEFLAGS+=" CC=aarch64-linux-gnu-gcc LIBR=-Wl,--no-as-needed,$work/libR.so"
 fi
 mkdir "$work/library"
 R CMD INSTALL --preclean --clean "${options[@]}" --library="$work/library" . >"$work/install.log" 2>&1 ||
