@@ -17,8 +17,6 @@ values <- c(
   # cargo finds rustc on the PATH.
   CARGO_PATH = if (nzchar(rust$dir)) paste0('PATH="', rust$dir, ':$$PATH"') else "",
   CARGO_FLAGS = paste(flags, collapse = " "),
-  # The library must not contain paths of this machine.
-  RUSTFLAGS = "--remap-path-prefix=`pwd`=.",
   CLEAN = if (!checkout) "rust_clean" else "",
   UNPACK = if (vendored) {
     paste("cd rust && rm -rf vendor && tar xJf vendor.tar.xz && mkdir -p .cargo &&",

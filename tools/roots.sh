@@ -1,7 +1,7 @@
-# Sourced by chroot.sh and arm64.sh: makes Debian systems in folders, and runs commands in them.
+# Sourced by chroot.sh, binary.sh and arm64.sh: makes Debian systems in folders, and runs commands in them.
 
 usage() {
-  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,/^set/s/^# \{0,1\}//p' "tools/$(basename "$0")" >&2
   exit 2
 }
 
@@ -27,6 +27,17 @@ take_root() {
   mkdir -p "$roots"
   roots=$(realpath "$roots")
   mirror=${mirror:-$(default_mirror)}
+}
+
+# Makes this machine run programs for arm64.
+need_arm64() {
+  need_packages iproute2 mmdebstrap arch-test qemu-user-static binfmt-support
+  command -v cargo >/dev/null || need_packages cargo
+  # A container may not have this mounted.
+  if ! [ -e /proc/sys/fs/binfmt_misc/register ]; then
+    mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
+  fi
+  [ -e /proc/sys/fs/binfmt_misc/qemu-aarch64 ] || update-binfmts --enable qemu-aarch64
 }
 
 # Prints the default mirror: the one that apt uses on this machine.

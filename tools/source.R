@@ -5,7 +5,7 @@ if (nzchar(package)) {
   made <- c(
     "^src/rust/(target|vendor|[.]cargo|core/fuzz)/", "^src/Makevars$", "[.](o|so|dll|a)$",
     "[.]tar[.]gz$",
-    "^[.](git|ci)/", "[.]Rcheck/"
+    "^[.](git|ci)(/|$)", "[.]Rcheck/"
   )
   files <- files[!grepl(paste(made, collapse = "|"), files)]
   dir.create(file.path(package, "source"), showWarnings = FALSE)
