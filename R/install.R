@@ -243,6 +243,14 @@ endSession <- function(state, i) {
     status <- readText(sessionFile(state, i, "status"))
     read <- function(name) readText(sessionFile(state, i, name))
     reason <- paste("the installation ended with status", status)
+    if (status == "0") {
+      # R writes its code to a temporary file first, and does not notice if nothing was written.
+      reason <- paste0(
+        "R ran no code there: the disk of its temporary directory (TMPDIR, or /tmp) is full or not writable, or ",
+        "`rshcmd` or `rscript` is wrong"
+      )
+      status <- NA
+    }
     return(endInstallation(state, i, list(), hostProblem(
       state$hosts[[i]], reason, read("err"), read("out"), suppressWarnings(as.integer(status))
     )))
@@ -255,7 +263,6 @@ endSession <- function(state, i) {
   state$report$r_version[[i]] <- answer$r_version
   text <- paste0(answer$problem, tailText("its output", paste(answer$log, collapse = "\n")))
   if (isTRUE(answer$unfit)) {
-    answer$text <- if (nzchar(answer$problem)) text
     state$kinds[[i]] <- answer
     state$stage[[i]] <- "unfit"
   } else if (task == "compile") {
@@ -333,11 +340,13 @@ unfitProblem <- function(state, kind) {
   paste0(
     "no host of its kind (", kindName(kind), if (nzchar(kind$libc)) paste0(", ", kind$libc),
     ") has cargo and rustc, version ", state$package$needs_rust, " or newer",
-    if (length(kind$seen)) paste0(" (there is, ", paste(kind$seen, collapse = "; "), ")"),
+    if (length(kind$seen)) paste0(" (found ", paste(kind$seen, collapse = "; "), ")"),
     ": install them on one of these hosts, with `sudo apt-get install rustc-web cargo-web` (Debian, Ubuntu), ",
     "`sudo dnf install rust cargo` (Fedora), or rustup, from https://rustup.rs; or install a binary package that ",
     "tools/binary.sh has made on such a machine",
-    if (!is.null(kind$text)) paste0("\na copy was of no use: ", kind$text)
+    if (length(kind$log)) {
+      paste0("\na copy does not load there", tailText("its output", paste(kind$log, collapse = "\n")))
+    }
   )
 }
 

@@ -52,8 +52,11 @@ tried <- function(operation) {
   structure(ok && !length(why), why = c(why, "no reason was given")[[1]])
 }
 
+# Returns the library in which a path is.
+library_of <- function(path) sub("/00LOCK-rustcluster.*", "", path)
+
 full <- function(path) {
-  give_up("the disk of ", path, " is full (no space left on device, or a quota): free space there, or give another ",
+  give_up("the disk of ", library_of(path), " is full (no space left on device, or a quota): free space there, or give another ",
           "library as `rlibs`")
 }
 
@@ -61,8 +64,9 @@ full <- function(path) {
 check_written <- function(ok, path, what = "cannot be written to") {
   if (ok) return(invisible())
   why <- attr(ok, "why")
-  if (grepl("No space left|quota", why)) full(path)
-  give_up(path, " ", what, " (", why, "): give another library as `rlibs`")
+  # R has no better words for a failed write.
+  if (grepl("No space left|quota|problem writing to connection", why)) full(path)
+  give_up(library_of(path), " ", what, " (", why, "): give another library as `rlibs`")
 }
 
 # Returns whether a library has this build of the package, built for this R. NULL: it has none.
@@ -253,11 +257,11 @@ compile <- function(source) {
   write_files(source, path("sent"))
   utils::untar(path("sent", "source", "rustcluster.tar.gz"), exdir = path("rustcluster"), tar = "internal")
   # R CMD INSTALL demands all packages that are imported. Agents load none of those that are not part of R.
-  for (name in c("cli", "library")) dir.create(path(name, "cli"), recursive = TRUE)
-  writeLines(c("Package: cli", "Version: 99"), path("cli", "cli", "DESCRIPTION"))
-  set <- c(R_LIBS = paste(c(path("cli"), .libPaths()), collapse = ":"))
+  dir.create(path("library"))
+  dir.create(path("stubs", "cli"), recursive = TRUE)
+  writeLines(c("Package: cli", "Version: 99.0"), path("stubs", "cli", "DESCRIPTION"))
   command <- paste(
-    paste0("R_LIBS=", shQuote(set)), shQuote(file.path(R.home("bin"), "R")), "CMD INSTALL --no-test-load -l",
+    paste0("R_LIBS=", shQuote(paste(c(path("stubs"), .libPaths()), collapse = ":"))), shQuote(file.path(R.home("bin"), "R")), "CMD INSTALL --no-test-load -l",
     shQuote(path("library")), shQuote(path("rustcluster"))
   )
   # This process does without default packages and compiler.
@@ -292,11 +296,11 @@ install <- function(given) {
     answer(how = "already there", library = normalizePath(found[[1]]), version = order$version)
   }
   if (order$task == "check") answer(how = "missing")
+  fits <- minor_version(r_version) == order$r && system_name == order$system
+  if (order$task == "copy" && !fits) give_up(kind = "unfit")
   library <- make_library(choose_library(given))
   package <- NULL
   if (order$task == "copy") {
-    fits <- minor_version(r_version) == order$r && system_name == order$system
-    if (!fits) give_up("", kind = "unfit")
     how <- place(unserialize(input), library, "copied")
   } else {
     package <- compile(unserialize(input))
