@@ -9,8 +9,8 @@
 #' cluster then.
 #'
 #' The new workers have the settings of the cluster, such as `packages`, `outfile`, `threads`, `rscript_envs`,
-#' `memory_limit`, `timeout`, `retries`, `heartbeat_timeout`, `on_failure`, `reconnect` and `install`, except where `spec` has
-#' others for a host. They are in agents of their own.
+#' `memory_limit`, `timeout`, `retries`, `heartbeat_timeout`, `on_failure`, `reconnect` and `install`, except where
+#' `spec` has others for a host. They are in agents of their own.
 #'
 #' Calls of [clusterSubmit()] that were made before do not move to the new workers.
 #'

@@ -60,8 +60,8 @@ versionRemedy <- function(host) {
     return(paste0("install the same version of rustcluster where ", launcherProgram(host$launcher), " runs R"))
   }
   paste0(
-    "install the same version of rustcluster on the host, with `installOnHosts(\"", writtenHost(host), "\")`, or start ",
-    "with `install = TRUE`"
+    "install the same version of rustcluster on the host, with `installOnHosts(\"", writtenHost(host), "\")`, or ",
+    "start with `install = TRUE`"
   )
 }
 

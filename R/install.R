@@ -2,12 +2,12 @@
 
 #' Install rustcluster on other hosts
 #'
-#' Installs this session's build of \pkg{rustcluster} on each host over ssh, on all hosts in parallel. A host that has it
-#' already is left as it is. To hosts of this machine's kind the installed package is copied, which takes about a second:
-#' such a host needs R alone. For each other kind, the package is compiled on one host of that kind, and copied from it to
+#' Installs this session's build of \pkg{rustcluster} on each host over ssh, on all hosts in parallel. A host that has
+#' it already is left as it is. Hosts of this machine's kind get a copy of the installed package in about a second; such
+#' a host needs R alone. For each other kind, the package is compiled on one host of that kind, and copied from it to
 #' the others. Hosts are of one kind if they have the same processor architecture and system, the same minor version of
-#' R (4.2, 4.3), and a C library with which the package loads: a copy is loaded before it replaces an older version, and a
-#' host on which it does not load compiles.
+#' R (4.2, 4.3), and a C library with which the package loads: a copy is loaded before it replaces an older version, and
+#' a host on which it does not load compiles.
 #'
 #' Compiling takes from half a minute to a few minutes, depending on the cores of the host, which needs 'cargo' and
 #' 'rustc'. A host does not need the packages that \pkg{rustcluster} imports from CRAN.
@@ -15,8 +15,8 @@
 #' A version that is in use can be replaced: clusters that run go on.
 #'
 #' @param hosts Hosts, in any form that [makeRustCluster()] accepts: names, numbers named by hosts, or a list of lists
-#'   with `host` and any of `user`, `port`, `rshcmd`, `rshopts`, `rscript`, `rlibs` and `rscript_envs`. Numbers of workers
-#'   are ignored. Each host is installed on once. This machine is skipped.
+#'   with `host` and any of `user`, `port`, `rshcmd`, `rshopts`, `rscript`, `rlibs` and `rscript_envs`. Numbers of
+#'   workers are ignored. Each host is installed on once. This machine is skipped.
 #' @param ... `user`, `rshcmd`, `rshopts`, `rscript`, `rlibs`: for all hosts, as in [makeRustCluster()]. `rlibs` is the
 #'   library to install into. Default: the personal library of the user (`R_LIBS_USER`), which is created if it does not
 #'   exist, or the library of an older version that R would find first.
@@ -91,25 +91,35 @@ refuseFailed <- function(report) {
   }
 }
 
-# What is sent -----------------------------------------------------------------------------------------------------------
+# What is sent ------------------------------------------------------------------------------------------
+
+# Returns the hash of the source of an installed package, which tools/source.R has written, or NA.
+readBuild <- function(path) {
+  file <- file.path(path, "source", "build")
+  if (file.exists(file)) readLines(file, 1L) else NA_character_
+}
+
+# The build that this session has loaded (`build`).
+loaded <- new.env(parent = emptyenv())
 
 # Returns the package of this session: its `path`, `version`, `build`, kind (`r`, `system`), and what a host `needs`.
 installedPackage <- function() {
   path <- getNamespaceInfo("rustcluster", "path")
-  build <- file.path(path, "source", "build")
-  if (!file.exists(build)) {
+  build <- readBuild(path)
+  if (is.na(build)) {
     abort("install_failed", "this installation of rustcluster lacks its source; install it with ",
           "`R CMD INSTALL` in this session's library and try again")
   }
   fields <- read.dcf(file.path(path, "DESCRIPTION"), c("Version", "Built", "Depends", "SystemRequirements"))[1L, ]
-  if (fields[["Version"]] != packageVersionText()) {
-    abort("install_failed", "another version of rustcluster has been installed on this machine: restart this R session")
+  if (!identical(build, loaded$build)) {
+    abort("install_failed", "another build of rustcluster has been installed on this machine: restart this R session")
   }
   number <- function(before, text) sub(paste0(".*", before, "([0-9][0-9.]*).*"), "\\1", text)
   list(
-    path = path, version = fields[["Version"]], build = readLines(build, 1L),
+    path = path, version = fields[["Version"]], build = build,
     r = number("^R ", sub("[.][0-9]+;.*", "", fields[["Built"]])), system = paste0(R.version$arch, "-", R.version$os),
-    needs_r = number("R \\(>=\\s*", fields[["Depends"]]), needs_rust = number("rustc\\s*\\(>=\\s*", fields[["SystemRequirements"]])
+    needs_r = number("R \\(>=\\s*", fields[["Depends"]]),
+    needs_rust = number("rustc\\s*\\(>=\\s*", fields[["SystemRequirements"]])
   )
 }
 
@@ -144,7 +154,7 @@ hostInstallation <- function(host) {
   remoteScript(c(rscript, "-e", code, host$rlibs[1L]), env)
 }
 
-# Sessions on hosts ----------------------------------------------------------------------------------------------------
+# Sessions on hosts -------------------------------------------------------------------------------------
 
 # An installation on several hosts is an environment, with the `report`, the folder of its files (`dir`), and for each
 # host its `stage`: the task of its ssh session, "unfit" if it waits for a package of its kind, or "done". `kinds`: what
@@ -288,12 +298,13 @@ endInstallation <- function(state, i, answer, problem = NA_character_) {
 tooLate <- function(state, i) {
   running <- state$running[[i]]
   problem <- "the installation did not finish within `timeout`"
+  if (state$stage[[i]] == "check") problem <- "no response within `setup_timeout` to whether rustcluster is installed"
   if (!running) problem <- paste(problem, "(no package for its kind was built)")
   read <- function(name) if (running) readText(sessionFile(state, i, name)) else ""
   endInstallation(state, i, list(), hostProblem(state$hosts[[i]], problem, read("err"), read("out")))
 }
 
-# Kinds of hosts -------------------------------------------------------------------------------------------------------
+# Kinds of hosts ----------------------------------------------------------------------------------------
 
 kindName <- function(of) paste0("R ", of$r, ", ", of$system)
 
@@ -304,8 +315,8 @@ kindNames <- function(state) {
 
 addBuilt <- function(state, i, package) {
   file <- file.path(state$dir, paste0("built.", i))
-  writeOrder(file, c(state$kinds[[i]][c("r", "system")], state$package[setdiff(names(state$package), c("r", "system"))]),
-             "copy", package)
+  kind <- state$kinds[[i]][c("r", "system")]
+  writeOrder(file, utils::modifyList(state$package, kind), "copy", package)
   built <- list(file = file, kind = kindName(state$kinds[[i]]), from = state$hosts[[i]]$host)
   state$built <- c(state$built, list(built))
 }
@@ -359,10 +370,10 @@ showInstalled <- function(row) {
   ))
 }
 
-# Installing before a start --------------------------------------------------------------------------------------------
+# Installing before a start -----------------------------------------------------------------------------
 
-# Installs on those hosts of ssh that do not have this build, for `install = TRUE`. Asks first in an interactive session.
-# With `tolerant`, the start goes on with the other hosts.
+# Installs on those hosts of ssh that do not have this build, for `install = TRUE`. Asks first in an interactive
+# session. With `tolerant`, the start goes on with the other hosts.
 installMissing <- function(hosts, timeout, progress, tolerant) {
   reached <- Filter(function(host) !host$local && is.null(host$launcher) && is.null(host$dial), hosts)
   if (!length(reached)) return(invisible())
@@ -390,7 +401,8 @@ askToInstall <- function(report) {
   text <- readline(paste0("Install rustcluster ", packageVersionText(), " on ", hosts, "? (y/n) "))
   if (tolower(trimws(text)) %in% c("y", "yes")) return(invisible())
   abort(
-    "install_failed", "rustcluster was not installed on ", hosts, ": answer \"y\", or install it there in another way, ",
-    "such as `installOnHosts()`, and leave out `install = TRUE`", fields = list(host = report$host, report = report)
+    "install_failed", "rustcluster was not installed on ", hosts, ": answer \"y\", or install it there in another ",
+    "way, such as `installOnHosts()`, and leave out `install = TRUE`",
+    fields = list(host = report$host, report = report)
   )
 }

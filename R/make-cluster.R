@@ -108,10 +108,10 @@
 #'   session. Hosts must be this machine, hosts of ssh, or launchers of batch engines without `max`: an agent that is
 #'   connected by the stdin and stdout of a command ([commandLauncher()]) could not be found again.
 #'   See [reattachCluster()], and section Clusters that wait of [rustcluster_lifetime].
-#' @param install (logical) Whether to install this build of \pkg{rustcluster} first, as [installOnHosts()] does, on hosts
-#'   of ssh that do not have it. An interactive session asks before it installs. The time of the installation does not
-#'   count as `setup_timeout`. Not for launchers: install the package in the image of a container, or on the login node of
-#'   a batch engine, in a library that the nodes see.
+#' @param install (logical) Whether to install this build of \pkg{rustcluster} first, as [installOnHosts()] does, on
+#'   hosts of ssh that do not have it. An interactive session asks before it installs. The time of the installation does
+#'   not count as `setup_timeout`. Not for launchers: install the package in the image of a container, or on the login
+#'   node of a batch engine, in a library that the nodes see.
 #' @param progress (logical) Whether to print a line for each host when it has started.
 #'
 #' @return An object of class `c("RustCluster", "cluster")`: a list of nodes of class `"RustNode"`. Each node is a list
@@ -151,7 +151,8 @@
 #'
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits`, `rustcluster_start_failed` and
-#' `rustcluster_install_failed` (`install`). Nothing is left running after these errors. [rustcluster_conditions] lists the errors of later calls.
+#' `rustcluster_install_failed` (`install`). Nothing is left running after these errors. [rustcluster_conditions] lists
+#' the errors of later calls.
 #'
 #' @seealso [rustcluster_log] for a log of what happens inside; [rustcluster_faults] for failures, retries, reconnection
 #'   and timeouts; [rustcluster_lifetime] for start, packages, stopping and detached processes; [clusterHosts()],

@@ -1,5 +1,5 @@
-# Installs the package on a host, for installOnHosts(), which evaluates this file and rust.R there. The host may have any
-# version of R, and no other program but sh and cat.
+# Installs the package on a host, for installOnHosts(), which evaluates this file and rust.R there. The host may have
+# any version of R, and no other program but sh and cat.
 #
 # `input`: a connection to what is sent. `order`: its first object, a list of `task` ("check": say only whether the
 # package is there; "copy" the built package; "compile" the source), the package's `version`, `build`, `r` (its minor
@@ -56,8 +56,8 @@ tried <- function(operation) {
 library_of <- function(path) sub("/00LOCK-rustcluster.*", "", path)
 
 full <- function(path) {
-  give_up("the disk of ", library_of(path), " is full (no space left on device, or a quota): free space there, or give another ",
-          "library as `rlibs`")
+  give_up("the disk of ", library_of(path), " is full (no space left on device, or a quota): free space ",
+          "there, or give another library as `rlibs`")
 }
 
 # Fails for an operation in a library.
@@ -88,7 +88,8 @@ choose_library <- function(given, paths = .libPaths()) {
   user <- path.expand(c(setdiff(user, "NULL"), paths)[[1]])
   at <- match(normalizePath(user, mustWork = FALSE), normalizePath(paths))
   # R has not found a personal library that does not exist yet, and will search it after the libraries of R_LIBS.
-  earlier <- if (is.na(at)) strsplit(Sys.getenv("R_LIBS"), .Platform$path.sep, fixed = TRUE)[[1]] else paths[seq_len(at)]
+  first <- strsplit(Sys.getenv("R_LIBS"), .Platform$path.sep, fixed = TRUE)[[1]]
+  earlier <- if (is.na(at)) first else paths[seq_len(at)]
   hides <- Filter(function(library) !is.null(has_build(library)), earlier)
   if (length(hides)) hides[[1]] else user
 }
@@ -103,7 +104,7 @@ make_library <- function(library) {
   normalizePath(library)
 }
 
-# The lock ------------------------------------------------------------------------------------------------------------
+# The lock ----------------------------------------------------------------------------------------------
 
 # The folder 00LOCK-rustcluster in the library is the lock, as for R CMD INSTALL. It contains what is being installed
 # (`new`), the package that is being replaced (`old`), and the process that holds the lock (`owner`).
@@ -169,11 +170,10 @@ take_lock <- function(library) {
     if (!dir.exists(lock)) check_written(made, paste("the library", library))
     owner <- read_owner(lock)
     if (!is.null(owner) && has_ended(owner, lock) && take_over(lock, owner)) return(lock)
-    # installOnHosts() holds the lock for seconds, R CMD INSTALL while it compiles.
-    limit <- if (is.null(owner)) 600 else 60
-    age <- as.numeric(difftime(Sys.time(), file.info(lock)$mtime, units = "secs"))
-    waited <- as.numeric(difftime(Sys.time(), began, units = "secs"))
-    if (isTRUE(max(age, waited) > limit)) {
+    # installOnHosts() holds the lock for seconds, R CMD INSTALL while it compiles. Clocks of other machines may differ.
+    since <- function(time) as.numeric(difftime(Sys.time(), time, units = "secs"))
+    waited <- if (is.null(owner)) max(since(began), since(file.info(lock)$mtime), na.rm = TRUE) / 10 else since(began)
+    if (waited > 60) {
       give_up("another installation of rustcluster has not ended", if (!is.null(owner)) paste0(" (process ", owner[[4]],
               " on ", owner[[1]], ")"), ": wait for it, or, if there is none, remove ", lock)
     }
@@ -181,7 +181,7 @@ take_lock <- function(library) {
   }
 }
 
-# Files ---------------------------------------------------------------------------------------------------------------
+# Files -------------------------------------------------------------------------------------------------
 
 # Returns the files of a folder: a list of `mode` and, by path, `content`.
 read_files <- function(dir) {
@@ -246,7 +246,7 @@ place <- function(files, library, how) {
   how
 }
 
-# Compiling -----------------------------------------------------------------------------------------------------------
+# Compiling ---------------------------------------------------------------------------------------------
 
 # Compiles the source in a temporary folder. Returns the files of the package.
 compile <- function(source) {
@@ -261,7 +261,8 @@ compile <- function(source) {
   dir.create(path("stubs", "cli"), recursive = TRUE)
   writeLines(c("Package: cli", "Version: 99.0"), path("stubs", "cli", "DESCRIPTION"))
   command <- paste(
-    paste0("R_LIBS=", shQuote(paste(c(path("stubs"), .libPaths()), collapse = ":"))), shQuote(file.path(R.home("bin"), "R")), "CMD INSTALL --no-test-load -l",
+    paste0("R_LIBS=", shQuote(paste(c(path("stubs"), .libPaths()), collapse = ":"))),
+    shQuote(file.path(R.home("bin"), "R")), "CMD INSTALL --no-test-load -l",
     shQuote(path("library")), shQuote(path("rustcluster"))
   )
   # This process does without default packages and compiler.
@@ -283,7 +284,7 @@ compile <- function(source) {
   list(mode = c(files$mode[built], source$mode), content = c(files$content[built], source$content))
 }
 
-# All -----------------------------------------------------------------------------------------------------------------
+# All ---------------------------------------------------------------------------------------------------
 
 install <- function(given) {
   if (getRversion() < order$needs_r) {

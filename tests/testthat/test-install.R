@@ -17,7 +17,8 @@ new_library <- function(.frame = parent.frame()) {
 
 content_of <- function(library) list.files(library, all.files = TRUE, no.. = TRUE)
 
-# A package that this session could have: a copy of the installed one, which `edit` changes. Its hosts find no toolchain.
+# A package that this session could have: a copy of the installed one, which `edit` changes. Hosts find no toolchain for
+# it.
 edited_package <- function(edit, .frame = parent.frame()) {
   dir <- new_library(.frame)
   dir.create(dir)
@@ -107,7 +108,8 @@ test_that("a host of this machine's kind gets a copy, once, and can be used", {
   library <- new_library()
   install <- function() installOnHosts("127.0.0.2", rshcmd = ssh$rshcmd, rlibs = library, progress = TRUE)
   expect_message(report <- install(), "copied from this machine")
-  expect_identical(report[c("how", "from", "problem")], data.frame(how = "copied", from = "localhost", problem = NA_character_))
+  expect_identical(report[c("how", "from")], data.frame(how = "copied", from = "localhost"))
+  expect_identical(report$problem, NA_character_)
   expect_identical(report$library, normalizePath(library))
   expect_identical(content_of(library), "rustcluster")
   path <- installed_package()$path
@@ -156,7 +158,8 @@ test_that("hosts of a kind without a toolchain are named in one message", {
   report <- install_on(
     hosts_of(ssh, c("127.0.0.2", "127.0.0.3"), rlibs = new_library()), package = other_kind(installed_package(), "99.0")
   )
-  expect_match(report$problem, paste0("no host of its kind \\(R ", installed_package()$r, ", .*apt-get install.*binary[.]sh"))
+  expected <- paste0("no host of its kind [(]R ", installed_package()$r, ", .*apt-get install.*binary[.]sh")
+  expect_match(report$problem, expected)
   expect_match(rustcluster:::failedHosts(report, 1:2), "hosts .127.0.0.2. and .127.0.0.3.: no host")
   expect_identical(report$how, rep(NA_character_, 2))
 })
@@ -164,7 +167,8 @@ test_that("hosts of a kind without a toolchain are named in one message", {
 test_that("the error of a failed compilation contains the end of its output", {
   skip_without_sshd()
   ssh <- local_sshd()
-  package <- other_kind(edited_source("configure", function(lines) c("#!/bin/sh", "echo this is 100% wrong", "exit 3")), "1.0")
+  package <- edited_source("configure", function(lines) c("#!/bin/sh", "echo this is 100% wrong", "exit 3"))
+  package <- other_kind(package, "1.0")
   library <- new_library()
   expect_message(
     report <- install_on(hosts_of(ssh, "127.0.0.2", rlibs = library), progress = TRUE, package = package),
@@ -214,7 +218,8 @@ test_that("installations at the same time take turns, and the lock of a dead one
   # One that nothing is known of, and that is too old to wait for.
   dir.create(lock)
   Sys.setFileTime(lock, Sys.time() - 3600)
-  expect_match(install_on(hosts[1L], package = edited_package(identity))$problem, "has not ended.*remove .*00LOCK-rustcluster")
+  problem <- install_on(hosts[1L], package = edited_package(identity))$problem
+  expect_match(problem, "has not ended.*remove .*00LOCK-rustcluster")
   expect_identical(install_on(hosts[1L])$how, "already there")
 })
 
@@ -246,7 +251,8 @@ test_that("a start with `install = TRUE` installs what is missing", {
   expect_length(cl, 3L)
 
   wrong <- list(list(host = "127.0.0.2", ncore = 1, rlibs = "/proc/nowhere"), list(host = "localhost", ncore = 1))
-  error <- caught(makeRustCluster(wrong, rshcmd = ssh$rshcmd, install = TRUE, rscript_envs = c(R_LIBS_SITE = "/nowhere")))
+  nowhere <- c(R_LIBS_SITE = "/nowhere")
+  error <- caught(makeRustCluster(wrong, rshcmd = ssh$rshcmd, install = TRUE, rscript_envs = nowhere))
   expect_rust_error(error, "install_failed")
   expect_identical(error$host, "127.0.0.2")
 })
@@ -265,8 +271,8 @@ test_that("an interactive session asks before it installs", {
   file <- tempfile(fileext = ".R")
   on.exit(unlink(file), add = TRUE, after = FALSE)
   writeLines(script, file)
-  out <- system2(file.path(R.home("bin"), "R"), c("--vanilla", "--interactive", "--no-readline"), stdin = file, stdout = TRUE,
-                 stderr = TRUE)
+  arguments <- c("--vanilla", "--interactive", "--no-readline")
+  out <- system2(file.path(R.home("bin"), "R"), arguments, stdin = file, stdout = TRUE, stderr = TRUE)
   text <- paste(out, collapse = "\n")
   expect_match(text, "Install rustcluster [0-9.]+ on host .127.0.0.2.. [(]y/n[)] n")
   expect_match(text, "error: rustcluster was not installed on host .127.0.0.2.: answer")
