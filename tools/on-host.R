@@ -43,7 +43,7 @@ give_up <- function(..., kind = "problem", log = character()) {
 tried <- function(operation) {
   why <- character()
   ok <- withCallingHandlers(
-    tryCatch({ operation; TRUE }, error = function(e) FALSE),
+    tryCatch(is.null(operation) || TRUE, error = function(e) FALSE),
     warning = function(w) {
       why <<- sub(".*(reason ['\u2018]|: )(.*[^'\u2019])['\u2019]?$", "\\2", conditionMessage(w))
       invokeRestart("muffleWarning")
