@@ -301,7 +301,8 @@ tooLate <- function(state, i) {
   if (state$stage[[i]] == "check") problem <- "no response within `setup_timeout` to whether rustcluster is installed"
   if (!running) problem <- paste(problem, "(no package for its kind was built)")
   read <- function(name) if (running) readText(sessionFile(state, i, name)) else ""
-  endInstallation(state, i, list(), hostProblem(state$hosts[[i]], problem, read("err"), read("out")))
+  # A host prints dots while it compiles.
+  endInstallation(state, i, list(), hostProblem(state$hosts[[i]], problem, read("err"), sub("[.]*$", "", read("out"))))
 }
 
 # Kinds of hosts ----------------------------------------------------------------------------------------

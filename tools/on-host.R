@@ -257,10 +257,11 @@ compile <- function(source) {
   write_files(source, path("sent"))
   utils::untar(path("sent", "source", "rustcluster.tar.gz"), exdir = path("rustcluster"), tar = "internal")
   # R CMD INSTALL demands all packages that are imported. Agents load none of those that are not part of R.
-  dir.create(path("library"))
+  for (name in c("library", "tmp")) dir.create(path(name))
   dir.create(path("stubs", "cli"), recursive = TRUE)
   writeLines(c("Package: cli", "Version: 99.0"), path("stubs", "cli", "DESCRIPTION"))
   command <- paste(
+    paste0("TMPDIR=", shQuote(path("tmp"))),
     paste0("R_LIBS=", shQuote(paste(c(path("stubs"), .libPaths()), collapse = ":"))),
     shQuote(file.path(R.home("bin"), "R")), "CMD INSTALL --no-test-load -l",
     shQuote(path("library")), shQuote(path("rustcluster"))
