@@ -304,7 +304,9 @@ test_that("nothing is left of a compilation that is cut off", {
   skip_without_sshd()
   ssh <- local_sshd()
   library <- new_library()
-  temporary <- new_library()
+  # R itself cannot compile in a folder with a quote in its name.
+  temporary <- tempfile("temporary-")
+  on.exit(unlink(temporary, recursive = TRUE), add = TRUE, after = FALSE)
   dir.create(temporary)
   hosts <- hosts_of(ssh, "127.0.0.2", rlibs = library, rscript_envs = c(TMPDIR = temporary))
   report <- install_on(hosts, package = other_kind(installed_package()), timeout = 10)
