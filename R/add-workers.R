@@ -9,8 +9,8 @@
 #' cluster then.
 #'
 #' The new workers have the settings of the cluster, such as `packages`, `outfile`, `threads`, `rscript_envs`,
-#' `memory_limit`, `timeout`, `retries`, `heartbeat_timeout`, `on_failure` and `reconnect`, except where `spec` has
-#' others for a host. They are in agents of their own.
+#' `memory_limit`, `timeout`, `retries`, `heartbeat_timeout`, `on_failure`, `reconnect` and `install`, except where
+#' `spec` has others for a host. They are in agents of their own.
 #'
 #' Calls of [clusterSubmit()] that were made before do not move to the new workers.
 #'
@@ -23,7 +23,8 @@
 #'   that they had. `stopCluster()` stops all workers, also if it is given the cluster as it was before, but only the
 #'   nodes of a part such as `cl[1:2]`.
 #' @section Errors:
-#' `rustcluster_bad_argument`, `rustcluster_start_failed`, `rustcluster_limits`, `rustcluster_busy` within a call that
+#' `rustcluster_bad_argument`, `rustcluster_start_failed`, `rustcluster_install_failed`, `rustcluster_limits`,
+#' `rustcluster_busy` within a call that
 #' uses the cluster, `rustcluster_stopped`, `rustcluster_forked`, `rustcluster_restored`. After an error or an interrupt
 #' nothing of the new hosts is left, and the cluster is as before. It is an error to add workers when the set-up log
 #' has reached `setup_log_limit` of [makeRustCluster()].
@@ -54,6 +55,8 @@ addWorkers <- function(cl, spec, wait = "all", setup_timeout = 120) {
   spare <- isSpare(asked$hosts, asked$launchers, length(handle$dial$launchers))[asked$owner]
   needed <- neededWorkers(wait, asked$workers, spare)
   if (!is.null(handle$linger)) checkLinger(asked, length(handle$dial$launchers), "spec")
+
+  if (isTRUE(settings$install)) installMissing(asked$hosts, setup_timeout, settings$progress, settings$tolerant)
 
   launches <- lapply(asked$hosts, hostLaunch, settings$options)
   deadline <- proc.time()[["elapsed"]] + setup_timeout

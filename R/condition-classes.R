@@ -13,7 +13,9 @@ conditionClasses <- list(
       "[allocation()] was called outside of a batch job, or the variables of the batch engine cannot be read. Field",
       "`variable`, if one of them is wrong."
     ),
-    install_failed = "[installOnHosts()] failed on some hosts. Fields `host`, `report`.",
+    install_failed = paste(
+      "[installOnHosts()], or `install = TRUE` of [makeRustCluster()], failed on some hosts. Fields `host`, `report`."
+    ),
     worker_lost = paste(
       "A worker died, and its task is not retried (`retries = 0`) or no worker can replace it. Fields `host`, `rank`,",
       "`pid`, `signal` or `status`, `stderr`, `memory_available` (bytes), `oom` (logical; whether the out-of-memory",

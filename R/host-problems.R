@@ -34,8 +34,9 @@ commandRemedy <- function(host, reason, stderr, stdout, status) {
   }
   if (status %in% 1L && grepl("no package called .rustcluster", stderr)) {
     return(paste0(
-      "rustcluster is not installed on the host: run `installOnHosts(\"", writtenHost(host), "\")`, or set its ",
-      "library by `rlibs`"
+      "rustcluster is not installed on the host: ",
+      if (ssh) paste0("run `installOnHosts(\"", writtenHost(host), "\")`, start with `install = TRUE`, or "),
+      "set its library by `rlibs`"
     ))
   }
   if (grepl("^Fatal error: (creating temporary file|cannot create 'R_TempDir')", paste0(stderr, stdout))) {
@@ -58,7 +59,10 @@ versionRemedy <- function(host) {
   if (!is.null(host$launcher)) {
     return(paste0("install the same version of rustcluster where ", launcherProgram(host$launcher), " runs R"))
   }
-  paste0("install the same version of rustcluster on the host, with `installOnHosts(\"", writtenHost(host), "\")`")
+  paste0(
+    "install the same version of rustcluster on the host, with `installOnHosts(\"", writtenHost(host), "\")`, or ",
+    "start with `install = TRUE`"
+  )
 }
 
 # Returns what to do if ssh itself has failed, or NULL.

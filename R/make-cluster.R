@@ -108,6 +108,10 @@
 #'   session. Hosts must be this machine, hosts of ssh, or launchers of batch engines without `max`: an agent that is
 #'   connected by the stdin and stdout of a command ([commandLauncher()]) could not be found again.
 #'   See [reattachCluster()], and section Clusters that wait of [rustcluster_lifetime].
+#' @param install (logical) Whether to install this build of \pkg{rustcluster} first, as [installOnHosts()] does, on
+#'   hosts of ssh that do not have it. An interactive session asks before it installs. The time of the installation does
+#'   not count as `setup_timeout`. Not for launchers: install the package in the image of a container, or on the login
+#'   node of a batch engine, in a library that the nodes see.
 #' @param progress (logical) Whether to print a line for each host when it has started.
 #'
 #' @return An object of class `c("RustCluster", "cluster")`: a list of nodes of class `"RustNode"`. Each node is a list
@@ -146,8 +150,9 @@
 #' `makeCluster()`. Older versions of R cannot register types: their error is "unknown cluster type".
 #'
 #' @section Errors:
-#' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits` and `rustcluster_start_failed`. Nothing is
-#' left running after these errors. [rustcluster_conditions] lists the errors of later calls.
+#' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits`, `rustcluster_start_failed` and
+#' `rustcluster_install_failed` (`install`). Nothing is left running after these errors. [rustcluster_conditions] lists
+#' the errors of later calls.
 #'
 #' @seealso [rustcluster_log] for a log of what happens inside; [rustcluster_faults] for failures, retries, reconnection
 #'   and timeouts; [rustcluster_lifetime] for start, packages, stopping and detached processes; [clusterHosts()],
@@ -165,7 +170,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
                             memory_limit = Inf, on_failure = c("error", "warn"), heartbeat_timeout = 20,
                             retries = 2, timeout = Inf, reconnect = FALSE,
                             buffer_limit = 512 * 2^20, setup_log_limit = NULL, stop_timeout = 5, wait = "all",
-                            linger = 0, progress = interactive()) {
+                            linger = 0, install = FALSE, progress = interactive()) {
   own <- setdiff(names(formals()), c("spec", "type", "..."))
   # library() takes a name without quotes.
   written <- substitute(packages)
@@ -197,7 +202,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   if (!is.null(setup_log_limit)) between(setup_log_limit, "setup_log_limit", "a number of bytes", 0, 1e15)
   between(stop_timeout, "stop_timeout", "a number of seconds", 0, 1e6)
   between(linger, "linger", "a number of seconds", 0, 1e7)
-  for (name in c("progress", "reconnect")) {
+  for (name in c("progress", "reconnect", "install")) {
     if (!isTRUE(get(name)) && !isFALSE(get(name))) badArgument(name, "must be TRUE or FALSE")
   }
   memory <- memoryLimit(memory_limit)
@@ -220,6 +225,8 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
     options$linger <- TRUE
   }
   needed <- neededWorkers(wait, asked$workers, isSpare(asked$hosts, asked$launchers)[asked$owner])
+
+  if (install) installMissing(asked$hosts, options$setup_timeout, progress, tolerant)
 
   launches <- lapply(asked$hosts, hostLaunch, options)
   pointer <- checked(hub_start(
@@ -244,7 +251,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   handle$settings <- list(
     options = options, defaults = defaults, tolerant = tolerant, progress = progress, packages = as.character(packages),
     outfile = options$outfile, heartbeat_timeout = heartbeat_timeout, setup = options$setup_timeout,
-    setup_log_limit = setup_log_limit, memory = memory, stop_timeout = stop_timeout
+    setup_log_limit = setup_log_limit, memory = memory, stop_timeout = stop_timeout, install = install
   )
   startBatches(handle, asked, options, heartbeat_timeout)
   deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress, needed)

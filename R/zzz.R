@@ -2,6 +2,8 @@
   findParallels()
   findVerbs()
   registerType()
+  # Another build may take its place in the library.
+  loaded$build <- readBuild(file.path(libname, pkgname))
   # The generics differ between versions of these packages.
   onceLoaded("future", registerFutureMethods)
   onceLoaded("parallelly", registerParallellyMethods)

@@ -1,15 +1,20 @@
-# Adds the source of the package to the package that is being installed, for installOnHosts().
+# Adds to the package that is being installed what installOnHosts() needs to install it on other hosts: its source, a
+# hash of the source (`build`), and the scripts that run on a host.
 package <- Sys.getenv("R_PACKAGE_DIR")
 if (nzchar(package)) {
   files <- list.files(".", recursive = TRUE, all.files = TRUE)
   made <- c(
-    "^src/rust/(target|vendor|[.]cargo|core/fuzz)/", "^src/Makevars$", "[.](o|so|dll|a)$",
+    "^src/rust/(target|vendor|[.]cargo|core/fuzz)/", "^src/Makevars$", "^src/.*[.]rds$", "[.](o|so|dll|a)$",
     "[.]tar[.]gz$",
     "^[.](git|ci)(/|$)", "[.]Rcheck/"
   )
-  files <- files[!grepl(paste(made, collapse = "|"), files)]
-  dir.create(file.path(package, "source"), showWarnings = FALSE)
-  utils::tar(
-    file.path(package, "source", "rustcluster.tar.gz"), files, compression = "gzip", tar = "internal"
-  )
+  files <- sort(files[!grepl(paste(made, collapse = "|"), files)], method = "radix")
+  to <- file.path(package, "source")
+  dir.create(to, showWarnings = FALSE)
+  utils::tar(file.path(to, "rustcluster.tar.gz"), files, compression = "gzip", tar = "internal")
+  # The tar contains times, which are no part of the source.
+  sums <- tempfile()
+  writeLines(paste(tools::md5sum(files), files), sums, useBytes = TRUE)
+  writeLines(unname(tools::md5sum(sums)), file.path(to, "build"))
+  file.copy(c("tools/on-host.R", "tools/rust.R"), to, overwrite = TRUE)
 }

@@ -310,7 +310,7 @@ test_that("any invalid value of an argument of makeRustCluster() is a classed er
     threads = c("half", "true", "many"), memory_limit = c("inf", "many"), on_failure = "none",
     heartbeat_timeout = character(), retries = "zero", timeout = c("inf", "half"), reconnect = "true",
     buffer_limit = character(), setup_log_limit = c("zero", "half", "none"),
-    progress = "true", outfile = c("text", "empty", "none"), rscript = "text", rscript_args = texts,
+    progress = "true", install = "true", outfile = c("text", "empty", "none"), rscript = "text", rscript_args = texts,
     type = character(),
     homogeneous = "true", methods = "true", manual = "true", renice = c("na", "text_na", "number_na", "nan", "zero", "minus", "half", "none"),
     rlibs = texts, setup_timeout = c("inf", "many", "half"), user = texts[-2], rshcmd = texts, rshopts = texts

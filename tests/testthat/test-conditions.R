@@ -21,7 +21,7 @@ test_that("the registry contains exactly the condition classes that the code rai
   of_rust <- setdiff(names(switches[[1L]][[3L]]), "")
   expect_true(all(of_rust %in% unlist(lapply(registry, names))))
   # Of a class that is made with a variable for its name, there is nothing to be found here.
-  expect_setequal(setdiff(unlist(lapply(registry, names)), c(kinds, of_rust)), c("host_left_out", "agent_failed"))
+  expect_setequal(setdiff(unlist(lapply(registry, names)), c(kinds, of_rust)), "agent_failed")
   expect_error(rustcluster:::rustclusterCondition("unheard_of", "text"), "conditionClasses")
 })
 
