@@ -12,7 +12,8 @@
 #' Compiling takes from half a minute to a few minutes, depending on the cores of the host, which needs 'cargo' and
 #' 'rustc'. A host does not need the packages that \pkg{rustcluster} imports from CRAN.
 #'
-#' A version that is in use can be replaced: clusters that run go on.
+#' A version that is in use can be replaced: clusters that run go on. A worker of `start_method = "spawn"` that is
+#' replaced then has the new version.
 #'
 #' @param hosts Hosts, in any form that [makeRustCluster()] accepts: names, numbers named by hosts, or a list of lists
 #'   with `host` and any of `user`, `port`, `rshcmd`, `rshopts`, `rscript`, `rlibs` and `rscript_envs`. Numbers of
