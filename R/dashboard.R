@@ -11,8 +11,9 @@
 #' The page needs no network and no package. It can be used with the keyboard, and has a dark and a light form. Any
 #' number of pages can be open at once. While no page is open, nothing is collected for it, and nothing runs.
 #'
-#' The address contains a random token, and works only until the cluster is stopped. A page that is left open then shows
-#' that the cluster has been stopped, with its last figures. By default, only programs on this machine can connect, and
+#' The address contains a random token, and works only until the cluster is stopped or its session ends. A page that is
+#' left open then shows that, with the last figures, and whether the workers wait for the next session (`linger` of
+#' [makeRustCluster()]). By default, only programs on this machine can connect, and
 #' only those that know the token see anything. From another machine, forward the port:
 #' `ssh -L 8787:127.0.0.1:PORT user@@this-machine`, and replace the port in the address by 8787. In RStudio Server, the
 #' page opens in the viewer, through RStudio's own connection.

@@ -230,6 +230,28 @@ test_that("two pages are told that the cluster has been stopped, and nothing is 
   expect_true(wait_until(function() all(c(open_fds(), threads_of()) <= before)))
 })
 
+test_that("a page is told that the session has ended and the workers wait", {
+  skip_unless_proc()
+  records <- local_records()
+  go <- tempfile()
+  child <- start_child({
+    cl <- makeRustCluster(2, linger = 60)
+    say("id", clusterId(cl))
+    say("address", clusterDashboard(cl, browse = FALSE))
+    while (!file.exists(go)) Sys.sleep(0.05)
+  }, list(go = go), env = records$env)
+  address <- child_wait_for(child, "address")
+  expect_match(http_get(address, "figures")$body, "\"lingers\":true,\"left\":false", fixed = TRUE)
+  file.create(go)
+  repeat {
+    body <- http_get(address, "figures?wait=30000")$body
+    if (grepl("\"stopped\":true", body, fixed = TRUE)) break
+  }
+  expect_match(body, "\"lingers\":true,\"left\":true", fixed = TRUE)
+  child_wait_end(child)
+  killCluster(child_said(child, "id"))
+})
+
 test_that("without a page nothing is open and nobody watches", {
   skip_unless_proc()
   cl <- local_cluster(1)

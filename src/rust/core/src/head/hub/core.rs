@@ -135,6 +135,8 @@ pub struct Core {
     pub stopping: bool,
     /// The agents wait for another head when this one ends.
     pub lingers: bool,
+    /// The session has left the agents to another head.
+    pub left: bool,
     /// Registers the streams that the hub's thread serves.
     registry: Registry,
     reader: StreamReader,
@@ -205,6 +207,7 @@ impl SharedCore {
                 queued: 0,
                 stopping: false,
                 lingers: false,
+                left: false,
                 registry,
                 reader: StreamReader::Hub,
                 waiting: false,
@@ -865,6 +868,7 @@ impl Core {
         if std::mem::replace(&mut self.stopping, true) {
             return;
         }
+        self.left = true;
         self.board.ending.notify_waiters();
         debug!("head leaves the cluster");
         for agent in 0..self.conns.len() {

@@ -115,6 +115,10 @@ pub struct Figures {
     pub time: f64,
     /// The cluster is being stopped, or has been.
     pub stopped: bool,
+    /// The workers wait for another session when this one ends.
+    pub lingers: bool,
+    /// This session has left the workers to another one.
+    pub left: bool,
     /// The hosts.
     pub hosts: Vec<HostFigures>,
     /// A letter for the state of each worker: see [`state_letter`].
@@ -332,6 +336,8 @@ fn figures_of(core: &Core, query: &FigureQuery) -> Figures {
         now: core.began.elapsed().as_secs_f64(),
         time: time.map_or(0.0, |time| time.as_secs_f64()),
         stopped: core.stopping || core.inbox.closed,
+        lingers: core.lingers,
+        left: core.left,
         hosts,
         states,
         lanes: None,
@@ -423,6 +429,8 @@ impl Figures {
         json.name("now").decimal(self.now);
         json.name("time").decimal(self.time);
         json.name("stopped").flag(self.stopped);
+        json.name("lingers").flag(self.lingers);
+        json.name("left").flag(self.left);
         json.name("states").text(&self.states);
         json.name("hosts").open('[');
         for host in &self.hosts {
