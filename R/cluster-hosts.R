@@ -120,8 +120,11 @@ showHost <- function(report, i) {
   }
 }
 
+# A package that was built elsewhere can be installed without the packages that it imports.
+hasCli <- function() requireNamespace("cli", quietly = TRUE)
+
 # cli evaluates text in braces: the text of a host must be a value.
 showDone <- function(text) {
   text <- printable(text)
-  cli::cli_alert_success("{text}")
+  if (hasCli()) cli::cli_alert_success("{text}") else message(text)
 }

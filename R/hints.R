@@ -25,8 +25,18 @@ nameNotFound <- function(text) {
 # Returns a list of a hint (`text`) for an error of a task with this message, and of the `name` it is about, or NULL if
 # the session does not have what the worker lacks.
 hintFor <- function(message) {
+  misplaced <- misplacedArgument(message)
+  if (!is.null(misplaced)) {
+    return(list(name = misplaced, text = paste0("`", misplaced, "` is an argument of clusterLapply()")))
+  }
   name <- nameNotFound(message)
   if (is.null(name)) return(NULL)
+  if (inherits(get0(name, globalenv(), inherits = FALSE), "cluster")) {
+    return(list(name = name, text = paste0(
+      "`", name, "` is a cluster of this session, which workers cannot use: call lapply() in the task, or make one call ",
+      "for all inner elements"
+    )))
+  }
   if (exists(name, globalenv(), inherits = FALSE)) {
     return(list(name = name, text = paste0(
       "`", name, "` exists in this session, and workers have only what was exported to them: clusterExport(cl, ",
@@ -39,6 +49,13 @@ hintFor <- function(message) {
     "`", name, "` is in package ", sQuote(package), ", which is attached in this session and not on the workers: ",
     "clusterEvalQ(cl, library(", package, ")), or makeRustCluster(packages = ", dQuote(package, FALSE), ")"
   ))
+}
+
+# Returns the argument of clusterLapply() that another function was given according to this message of R, or NULL.
+misplacedArgument <- function(message) {
+  if (!is.character(message) || length(message) != 1L || !isText(message)) return(NULL)
+  given <- regmatches(message, regexec("unused arguments? [(]([.][[:alpha:]_]+) = ", message))[[1L]]
+  if (length(given) && given[[2L]] %in% names(formals(clusterLapply))) given[[2L]]
 }
 
 # Returns the attached package that has this name, if workers do not attach it by themselves, or NULL.
@@ -67,6 +84,9 @@ showHint <- function(hint) {
 # gives a hint for a variable of the function that calls clusterExport().
 getExported <- function(name, envir) {
   get <- base::get
+  if (!is.character(name)) {
+    showHint(list(name = "varlist", text = "clusterExport() takes names in quotes: clusterExport(cl, \"x\")"))
+  }
   found <- isTRUE(tryCatch(exists(name, envir = envir), error = function(e) TRUE))
   if (!found && identical(envir, globalenv())) {
     exports <- parent.frame()

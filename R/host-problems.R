@@ -93,35 +93,46 @@ sshRemedy <- function(host, stderr) {
 
 showProblem <- function(row) {
   # cli finds this variable by its name.
-  text <- printable(paste0(row$host, ": ", sub("\n.*", "", row$problem))) # nolint: object_usage_linter.
-  cli::cli_alert_danger("{text}")
+  text <- printable(paste0(row$host, ": ", sub("\n.*", "", row$problem)))
+  if (hasCli()) cli::cli_alert_danger("{text}") else message(text)
 }
 
+# Returns the text of an error about hosts that failed. Hosts with the same problem share a line.
 failedHosts <- function(report, failed) {
   problems <- report$problem[failed]
+  names <- report$host[failed]
   # Elements of an array have the same problem, each with its job.
   job <- "\\bits job ([^ ]+) (is|ended before its agent)\\b"
   same <- sub(job, "\\2", problems, perl = TRUE)
+  same <- mapply(function(name, text) gsub(name, "\r", text, fixed = TRUE), names, same)
   groups <- split(seq_along(failed), factor(same, unique(same)))
   lines <- vapply(groups, function(group) {
-    hosts <- sQuote(report$host[failed[group]])
+    hosts <- sQuote(names[group])
     problem <- problems[[group[[1L]]]]
     others <- length(group) - 1L
     if (!others) return(paste0("host ", hosts, ": ", problem))
+    if (!grepl(job, problem, perl = TRUE)) return(paste0("hosts ", someOf(hosts, 50L), ": ", problem))
     jobs <- paste0("its job \\1 (and ", others, " other", if (others > 1L) "s", ") \\2")
     problem <- sub(job, jobs, problem, perl = TRUE)
     paste0("hosts ", someOf(hosts), ": ", problem)
   }, "")
-  paste0(
-    if (length(failed) > 1L) paste0(length(failed), " hosts failed\n"), paste(lines, collapse = "\n")
-  )
+  lines <- paste(lines, collapse = "\n")
+  if (length(failed) == 1L) return(lines)
+  first <- paste(length(failed), "hosts failed")
+  # R cuts the message of an error that nobody catches.
+  if (length(groups) > 1L && nchar(lines) > getOption("warning.length", 1000L) - 200L) {
+    first <- paste0(
+      first, ": ", toString(unique(names)), " (options(warning.length = 8000) lets R print all of a long message)"
+    )
+  }
+  paste0(first, "\n", lines)
 }
 
-# Returns names as text: all of them, or the first two and the number of the others.
-someOf <- function(names) {
+# Returns names as text: all of them, up to `max`, or the first ones and the number of the others.
+someOf <- function(names, max = 3L) {
   count <- length(names)
   if (count < 2L) return(names)
-  shown <- if (count > 3L) c(names[1:2], paste(count - 2L, "others")) else names
+  shown <- if (count > max) c(names[seq_len(max - 1L)], paste(count - max + 1L, "others")) else names
   last <- length(shown)
   paste(paste(shown[-last], collapse = ", "), "and", shown[[last]])
 }

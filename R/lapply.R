@@ -282,10 +282,10 @@ raiseElementFailed <- function(first, failed, results, dir = NULL) {
 }
 
 # Returns the error of failed elements. `text`: the error of the first of them. `indices`: their indices.
-# `where`: where the results of the others are.
-elementFailed <- function(text, indices, results, ..., where = whereResults("rustcluster_element_failed")) {
+# `where`: where the results of the others are. `hint`: the result of hintFor(), or NULL.
+elementFailed <- function(text, indices, results, ..., where = whereResults("rustcluster_element_failed"),
+                          hint = hintFor(text)) {
   others <- length(indices) - 1L
-  hint <- hintFor(text)
   # The text of a worker failure or of a timeout names the element.
   element <- paste0("element ", indices[[1L]], " ")
   rustclusterCondition(

@@ -240,9 +240,11 @@ runResults <- function(dir, opened, partial) {
   failed <- if (!partial) storeFailed(store)
   if (length(failed)) {
     first <- storeValue(store, failed[[1L]])
+    lacks <- !is.null(nameNotFound(trimws(first)))
     stop(elementFailed(
       trimws(first), failed, view, parent = attr(first, "condition"),
-      where = "\nerrors() lists all of them; results(partial = TRUE) returns the others"
+      where = "\nerrors() lists all of them; results(partial = TRUE) returns the others",
+      hint = if (lacks) list(text = "name what the workers lack in `export` or `packages` of startRun()")
     ))
   }
   view

@@ -94,6 +94,27 @@ test_that("clusterExport() of a local variable names `envir`", {
   expect_length(hinted(clusterExport(cl, "nosuch_variable"))$hints, 0L)
 })
 
+test_that("names without quotes, clusters of the session and arguments of clusterLapply() are explained", {
+  skip_on_cran()
+  cl <- local_cluster(1)
+  y <- 3
+  seen <- hinted(clusterExport(cl, y))
+  expect_match(seen$text, "clusterExport() takes names in quotes", fixed = TRUE)
+  theirs <- tryCatch(parallel::clusterExport(cl, y), error = identity)
+  expect_identical(conditionMessage(seen$error), conditionMessage(theirs))
+
+  assign("outer_cl", cl, globalenv())
+  on.exit(rm("outer_cl", envir = globalenv()), add = TRUE, after = FALSE)
+  inner <- global(function(i) parallel::parLapply(outer_cl, 1:2, sqrt))
+  seen <- hinted(parallel::parLapply(cl, 1:2, inner))
+  expect_match(seen$text, "`outer_cl` is a cluster of this session, which workers cannot use", fixed = TRUE)
+
+  seen <- hinted(parLapply(cl, 1:2, function(i) i, .seed = 1))
+  expect_identical(seen$text, "`.seed` is an argument of clusterLapply()")
+  expect_match(conditionMessage(seen$error), "unused argument", fixed = TRUE)
+  expect_length(hinted(parLapply(cl, 1:2, function(i) i, .other = 1))$hints, 0L)
+})
+
 test_that("swapped and misplaced arguments are named", {
   expect_snapshot(error = TRUE, {
     makeRustCluster(2, 4)

@@ -47,6 +47,16 @@ test_that("hosts with equal problems are one line of an error", {
            "is PENDING (Resources)"),
     "hosts 'slurm-5' and 'slurm-6': other"
   ))
+  # The names of the hosts are no difference.
+  unknown <- data.frame(host = paste0("node", 1:5))
+  unknown$problem <- paste0("ssh: Could not resolve hostname ", unknown$host)
+  text <- gsub("[\u2018\u2019]", "'", rustcluster:::failedHosts(unknown, 1:5))
+  expect_identical(text, paste0(
+    "5 hosts failed\nhosts 'node1', 'node2', 'node3', 'node4' and 'node5': ssh: Could not resolve hostname node1"
+  ))
+  # All hosts are named before R cuts the message.
+  many <- data.frame(host = paste0("node", 1:9), problem = strrep(1:9, 200))
+  expect_match(rustcluster:::failedHosts(many, 1:9), "^9 hosts failed: node1, .*node9 [(]options[(]warning[.]length")
 })
 
 test_that("a hint after several lines of output is a line of its own", {
