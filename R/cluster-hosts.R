@@ -20,7 +20,7 @@
 #'     \item{r_version, platform}{(character) of R on the host.}
 #'     \item{cores}{(integer) usable cores of the host.}
 #'     \item{memory, available}{(numeric) bytes of memory: in all, and available when the agent started.}
-#'     \item{seconds}{(numeric) from the call of `makeRustCluster()` until the last worker was ready.}
+#'     \item{seconds}{(numeric) from the call of `makeRustCluster()` or `addWorkers()` until the last worker was ready.}
 #'     \item{problem}{(character) why the host or some of its workers failed, or `NA`.}
 #'   }
 #' @section Errors:

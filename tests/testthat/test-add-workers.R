@@ -9,6 +9,8 @@ pids_of <- function(cl) c(clusterPids(cl), agentPids(cl))
 test_that("workers are added to a local cluster, which goes on", {
   cl <- local_cluster(2)
   before <- clusterPids(cl)
+  Sys.sleep(1.5)
+  began <- proc.time()[["elapsed"]]
   grown <- withVisible(addWorkers(cl, 2))
   expect_false(grown$visible)
   grown <- grown$value
@@ -22,6 +24,8 @@ test_that("workers are added to a local cluster, which goes on", {
   expect_equal(unlist(clusterCall(cl, Sys.getpid)), before)
   expect_equal(clusterHosts(grown)$state, c("up", "up"))
   expect_equal(clusterHosts(grown)$workers, c(2L, 2L))
+  # A host that is added later starts later.
+  expect_lte(clusterHosts(grown)$seconds[[2L]], proc.time()[["elapsed"]] - began)
   expect_equal(clusterStatus(grown)$state, rep("idle", 4))
   expect_identical(parLapply(grown, 1:30, sqrt), lapply(1:30, sqrt))
   expect_identical(parLapplyLB(grown, 1:30, sqrt), lapply(1:30, sqrt))

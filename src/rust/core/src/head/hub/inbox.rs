@@ -177,9 +177,11 @@ pub struct HostView {
     pub pid: Option<u32>,
     /// The agent's greeting, once it has come.
     pub hello: Option<Hello>,
-    /// From the start to the greeting.
+    /// From the start of the cluster to that of a host that was added later.
+    pub added: Duration,
+    /// From the start of the host to the greeting.
     pub greeted: Option<Duration>,
-    /// From the start to the last worker that came up.
+    /// From the start of the host to the last worker that came up.
     pub up: Option<Duration>,
     /// The agent's own message, if it could not start its workers.
     pub start_failure: Option<ToHead>,
@@ -290,6 +292,7 @@ impl Inbox {
         self.hosts.push(HostView {
             name: name.to_owned(),
             adding: true,
+            added: self.began.elapsed(),
             ..HostView::default()
         });
     }
@@ -310,7 +313,7 @@ impl Inbox {
         host.hello = Some(hello);
         host.draining = None;
         host.job_arrived = false;
-        host.greeted = Some(self.began.elapsed());
+        host.greeted = Some(self.began.elapsed().saturating_sub(host.added));
     }
 
     /// Processes a note of the scheduler. Returns the bytes of answers that nobody expects.
@@ -324,7 +327,7 @@ impl Inbox {
                 worker.came_up = true;
                 let agent = worker.agent;
                 let host = &mut self.hosts[agent];
-                host.up = Some(self.began.elapsed());
+                host.up = Some(self.began.elapsed().saturating_sub(host.added));
                 if host.adaptive && !std::mem::replace(&mut host.job_arrived, true) {
                     let job = host.job.clone();
                     self.job_arrivals.push(Arrival { agent, job });
