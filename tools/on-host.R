@@ -72,6 +72,11 @@ check_written <- function(ok, path, what = "cannot be written to") {
   give_up(library_of(path), " ", what, " (", why, "): give another library as `rlibs`")
 }
 
+# Returns the lines of a file; of one that cannot be read, none.
+read_lines <- function(file, ...) {
+  tryCatch(suppressWarnings(readLines(file, ..., warn = FALSE)), error = function(e) character())
+}
+
 # Returns whether a library has this build of the package, built for this R. NULL: it has none.
 has_build <- function(library) {
   path <- file.path(library, "rustcluster")
@@ -79,8 +84,7 @@ has_build <- function(library) {
   if (!file.exists(description)) return(NULL)
   # A power failure may have left empty files.
   fields <- tryCatch(read.dcf(description, c("Version", "Built"))[1, ], error = function(e) c(NA, NA))
-  build <- file.path(path, "source", "build")
-  build <- if (file.exists(build)) readLines(build, 1, warn = FALSE) else ""
+  build <- read_lines(file.path(path, "source", "build"), 1)
   identical(fields[[1]], order$version) && identical(build, order$build) &&
     identical(minor_version(sub("^R ", "", fields[[2]])), minor_version(r_version)) && is_whole(path)
 }
@@ -99,7 +103,7 @@ write_sizes <- function(path, files) {
 is_whole <- function(path) {
   sizes <- file.path(path, "source", "sizes")
   if (!file.exists(sizes)) return(TRUE)
-  lines <- readLines(sizes, warn = FALSE)
+  lines <- read_lines(sizes)
   now <- file.size(file.path(path, sub("^[0-9]+ ", "", lines)))
   length(lines) > 0 && identical(as.numeric(sub(" .*", "", lines)), now)
 }
@@ -123,9 +127,11 @@ make_library <- function(library) {
     give_up("R cannot find a library whose path contains any of [ ] * ? : \\ (", library,
             "): give another one as `rlibs`")
   }
-  made <- dir.exists(library) || tried(dir.create(library, recursive = TRUE))
-  # Another installation may have created the library.
-  if (!dir.exists(library)) check_written(made, paste("the library", library), "cannot be created")
+  if (!dir.exists(library)) {
+    made <- tried(dir.create(library, recursive = TRUE))
+    # Another installation may have been faster.
+    if (!dir.exists(library)) check_written(made, paste("the library", library), "cannot be created")
+  }
   if (file.access(library, 2) != 0) {
     give_up("the library ", library, " cannot be written to: give another one as `rlibs`")
   }
@@ -139,13 +145,13 @@ make_library <- function(library) {
 
 # Returns what tells this process from all others: the machine, its start, the namespace of pids, pid, and start time.
 process_id <- function(pid = Sys.getpid()) {
-  read <- function(file) tryCatch(readLines(file, 1, warn = FALSE), error = function(e) "", warning = function(w) "")
+  read <- function(file) c(read_lines(file, 1), "")[[1]]
   started <- strsplit(sub(".*[)] ", "", read(file.path("/proc", pid, "stat"))), " ", fixed = TRUE)[[1]][20]
   c(Sys.info()[["nodename"]], read("/proc/sys/kernel/random/boot_id"), Sys.readlink("/proc/self/ns/pid"), pid, started)
 }
 
 read_owner <- function(lock) {
-  owner <- tryCatch(suppressWarnings(readLines(file.path(lock, "owner"))), error = function(e) character())
+  owner <- read_lines(file.path(lock, "owner"))
   if (length(owner) == 5) owner
 }
 
