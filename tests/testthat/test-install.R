@@ -174,7 +174,7 @@ test_that("a library with any letters is used, and one that R cannot search is a
   skip_without_sshd()
   ssh <- local_sshd()
   dir <- new_library()
-  named <- file.path(dir, c("\u00fcn\u00ef \"x\" $HOME 100%v ~!;&"))
+  named <- file.path(dir, "\u00fcn\u00ef \"x\" $HOME 100%v ~!;&")
   for (locale in c("C", "C.UTF-8")) {
     unlink(named, recursive = TRUE)
     expect_identical(install_on(hosts_of(ssh, "127.0.0.2", rlibs = named, rscript_envs = c(LC_ALL = locale)))$how, "copied")
