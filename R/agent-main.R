@@ -25,7 +25,7 @@ agentMain <- function() {
   if (nzchar(Sys.getenv("RUSTCLUSTER_LINGER")) && !nzchar(Sys.getenv("RUSTCLUSTER_HANDOVER"))) {
     Sys.setenv(RUSTCLUSTER_LINGER = checked(agent_split()))
   }
-  config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform, tempdir()))
+  config <- checked(agent_greet(buildText(), rVersionText(), R.version$platform, tempdir()))
   # These variables are for the agent, and not for processes that its workers start.
   Sys.unsetenv(c(
     "RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER", "RUSTCLUSTER_LINGER", "RUSTCLUSTER_JOB",

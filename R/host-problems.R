@@ -53,14 +53,14 @@ addressOf <- function(host) paste0(if (!is.null(host$user)) paste0(host$user, "@
 # On this machine an agent loads the installed version, and this session the version that was installed when it began.
 versionRemedy <- function(host) {
   if (isTRUE(host$local)) {
-    return("another version of rustcluster has been installed on this machine: restart this R session")
+    return("another build of rustcluster has been installed on this machine: restart this R session")
   }
-  if (!is.null(host$dial)) return("install the same version of rustcluster on the nodes of the batch engine")
+  if (!is.null(host$dial)) return("install the same build of rustcluster on the nodes of the batch engine")
   if (!is.null(host$launcher)) {
-    return(paste0("install the same version of rustcluster where ", launcherProgram(host$launcher), " runs R"))
+    return(paste0("install the same build of rustcluster where ", launcherProgram(host$launcher), " runs R"))
   }
   paste0(
-    "install the same version of rustcluster on the host, with `installOnHosts(\"", writtenHost(host), "\")`, or ",
+    "install the same build of rustcluster on the host, with `installOnHosts(\"", writtenHost(host), "\")`, or ",
     "start with `install = TRUE`"
   )
 }

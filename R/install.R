@@ -94,7 +94,7 @@ refuseFailed <- function(report) {
 
 # What is sent ------------------------------------------------------------------------------------------
 
-# Returns the hash of the source of an installed package, which tools/source.R has written, or NA.
+# Returns the hash of the code of an installed package, which tools/source.R has written, or NA.
 readBuild <- function(path) {
   file <- file.path(path, "source", "build")
   if (file.exists(file)) readLines(file, 1L) else NA_character_

@@ -602,7 +602,7 @@ takeUp <- function(record, handle = NULL, progress = FALSE, end = FALSE) {
     waitingLaunch(fields$agents[[i]], settings, linger, i, missed[[i]])
   })
   pointer <- checked(hub_start(
-    launches, packageVersionText(), rVersionText(), R.version$platform, fields$bufferLimit
+    launches, buildText(), rVersionText(), R.version$platform, fields$bufferLimit
   ))
   for (i in which(!used)) checked(hub_leave_out(pointer, i, "it is not used"))
   attached <- FALSE

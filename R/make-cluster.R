@@ -230,7 +230,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
 
   launches <- lapply(asked$hosts, hostLaunch, options)
   pointer <- checked(hub_start(
-    launches, packageVersionText(), rVersionText(), R.version$platform, buffer_limit
+    launches, buildText(), rVersionText(), R.version$platform, buffer_limit
   ))
   handle <- newHandle(pointer, asked$hosts)
   if (linger > 0) handle$linger <- newLinger(linger)

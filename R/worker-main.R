@@ -14,6 +14,11 @@ packageVersionText <- function() {
   as.character(getNamespaceVersion("rustcluster"))
 }
 
+# Returns the version and the build, by which head and agent know that they are made from the same source.
+buildText <- function() {
+  paste0(packageVersionText(), if (!is.na(loaded$build)) paste0(" build ", substr(loaded$build, 1L, 8L)))
+}
+
 rVersionText <- function() {
   as.character(getRversion())
 }

@@ -52,6 +52,9 @@ tried <- function(operation) {
   structure(ok && !length(why), why = c(why, "no reason was given")[[1]])
 }
 
+# Removes files and folders. Their names are no patterns.
+delete <- function(paths) unlink(paths, recursive = TRUE, expand = FALSE)
+
 # Returns the library in which a path is.
 library_of <- function(path) sub("/00LOCK-rustcluster.*", "", path)
 
@@ -69,16 +72,40 @@ check_written <- function(ok, path, what = "cannot be written to") {
   give_up(library_of(path), " ", what, " (", why, "): give another library as `rlibs`")
 }
 
+# Returns the lines of a file; of one that cannot be read, none.
+read_lines <- function(file, ...) {
+  tryCatch(suppressWarnings(readLines(file, ..., warn = FALSE)), error = function(e) character())
+}
+
 # Returns whether a library has this build of the package, built for this R. NULL: it has none.
 has_build <- function(library) {
   path <- file.path(library, "rustcluster")
   description <- file.path(path, "DESCRIPTION")
   if (!file.exists(description)) return(NULL)
-  fields <- tryCatch(read.dcf(description, c("Version", "Built")), error = function(e) matrix(NA, 1, 2))
-  build <- file.path(path, "source", "build")
-  build <- if (file.exists(build)) readLines(build, 1, warn = FALSE) else ""
+  # A power failure may have left empty files.
+  fields <- tryCatch(read.dcf(description, c("Version", "Built"))[1, ], error = function(e) c(NA, NA))
+  build <- read_lines(file.path(path, "source", "build"), 1)
   identical(fields[[1]], order$version) && identical(build, order$build) &&
-    identical(minor_version(sub("^R ", "", fields[[2]])), minor_version(r_version))
+    identical(minor_version(sub("^R ", "", fields[[2]])), minor_version(r_version)) && is_whole(path)
+}
+
+# Records the sizes of the files of a package that has been written.
+write_sizes <- function(path, files) {
+  sizes <- file.path(path, "source", "sizes")
+  paths <- setdiff(names(files$content), "source/sizes")
+  lines <- paste(lengths(files$content[paths]), paths)
+  check_written(tried(writeLines(lines, sizes, useBytes = TRUE)), path)
+  if (file.size(sizes) != sum(nchar(lines, "bytes") + 1)) full(path)
+}
+
+# Returns whether the files of a package have the sizes that they were written with: after a power failure, or on a disk
+# that was full, some may be cut off. Nothing is known of a package that R CMD INSTALL has written.
+is_whole <- function(path) {
+  sizes <- file.path(path, "source", "sizes")
+  if (!file.exists(sizes)) return(TRUE)
+  lines <- read_lines(sizes)
+  now <- file.size(file.path(path, sub("^[0-9]+ ", "", lines)))
+  length(lines) > 0 && identical(as.numeric(sub(" .*", "", lines)), now)
 }
 
 # Returns the library to install into: an agent must find the package there before any other.
@@ -95,8 +122,15 @@ choose_library <- function(given, paths = .libPaths()) {
 }
 
 make_library <- function(library) {
+  # R takes these characters in R_LIBS for wildcards or separators.
+  if (grepl("[][*?:\\\\]", library)) {
+    give_up("R cannot find a library whose path contains any of [ ] * ? : \\ (", library,
+            "): give another one as `rlibs`")
+  }
   if (!dir.exists(library)) {
-    check_written(tried(dir.create(library, recursive = TRUE)), paste("the library", library), "cannot be created")
+    made <- tried(dir.create(library, recursive = TRUE))
+    # Another installation may have been faster.
+    if (!dir.exists(library)) check_written(made, paste("the library", library), "cannot be created")
   }
   if (file.access(library, 2) != 0) {
     give_up("the library ", library, " cannot be written to: give another one as `rlibs`")
@@ -111,13 +145,13 @@ make_library <- function(library) {
 
 # Returns what tells this process from all others: the machine, its start, the namespace of pids, pid, and start time.
 process_id <- function(pid = Sys.getpid()) {
-  read <- function(file) tryCatch(readLines(file, 1, warn = FALSE), error = function(e) "", warning = function(w) "")
+  read <- function(file) c(read_lines(file, 1), "")[[1]]
   started <- strsplit(sub(".*[)] ", "", read(file.path("/proc", pid, "stat"))), " ", fixed = TRUE)[[1]][20]
   c(Sys.info()[["nodename"]], read("/proc/sys/kernel/random/boot_id"), Sys.readlink("/proc/self/ns/pid"), pid, started)
 }
 
 read_owner <- function(lock) {
-  owner <- tryCatch(suppressWarnings(readLines(file.path(lock, "owner"))), error = function(e) character())
+  owner <- read_lines(file.path(lock, "owner"))
   if (length(owner) == 5) owner
 }
 
@@ -142,15 +176,15 @@ take_over <- function(lock, owner) {
   heir <- file.path(lock, paste0("after-", owner[[4]]))
   if (!dir.create(heir, showWarnings = FALSE)) return(FALSE)
   if (!identical(read_owner(lock), owner)) {
-    unlink(heir, recursive = TRUE)
+    delete(heir)
     return(FALSE)
   }
   own_lock(lock)
-  unlink(heir, recursive = TRUE)
+  delete(heir)
   package <- file.path(dirname(lock), "rustcluster")
   old <- file.path(lock, "old")
   if (!file.exists(package) && file.exists(old)) file.rename(old, package)
-  unlink(file.path(lock, c("old", "new")), recursive = TRUE)
+  delete(file.path(lock, c("old", "new")))
   TRUE
 }
 
@@ -162,7 +196,7 @@ take_lock <- function(library) {
     made <- tried(dir.create(lock) || stop())
     if (made) {
       done <- FALSE
-      on.exit(if (!done) unlink(lock, recursive = TRUE))
+      on.exit(if (!done) delete(lock))
       own_lock(lock)
       done <- TRUE
       return(lock)
@@ -211,10 +245,10 @@ test_load <- function(library) {
   out <- tempfile()
   on.exit(unlink(out))
   code <- "invisible(loadNamespace('rustcluster',lib.loc=Sys.getenv('RUSTCLUSTER_LIB'))$usable_cores());cat('it loads')"
-  set <- c(RUSTCLUSTER_LIB = library, R_LIBS = paste(.libPaths(), collapse = ":"))
+  # R cannot run a command that contains a path with letters that the locale does not have.
+  Sys.setenv(RUSTCLUSTER_LIB = library, R_LIBS = paste(.libPaths(), collapse = ":"))
   suppressWarnings(system2(
-    file.path(R.home("bin"), "Rscript"), c("--vanilla", "-e", shQuote(code)), stdout = out, stderr = out,
-    env = paste0(names(set), "=", shQuote(set)), timeout = 120
+    file.path(R.home("bin"), "Rscript"), c("--vanilla", "-e", shQuote(code)), stdout = out, stderr = out, timeout = 120
   ))
   log <- readLines(out, warn = FALSE)
   if (any(grepl("it loads", log, fixed = TRUE))) return(invisible())
@@ -224,17 +258,22 @@ test_load <- function(library) {
 # Puts a built package into the library. An older one stays in its place until the new one has been loaded. Returns what
 # was done.
 place <- function(files, library, how) {
+  # The connection may be slow: read all before other installations have to wait.
+  force(files)
   lock <- take_lock(library)
   on.exit({
-    unlink(file.path(lock, c("new", "old")), recursive = TRUE)
+    delete(file.path(lock, c("new", "old")))
     # A network file system keeps open files: the next installation removes them, and the lock.
-    if (!any(file.exists(file.path(lock, c("new", "old"))))) unlink(lock, recursive = TRUE)
+    if (!any(file.exists(file.path(lock, c("new", "old"))))) delete(lock)
   })
   # Another installation may have come first.
   if (isTRUE(has_build(library))) return("already there")
   new <- file.path(lock, "new", "rustcluster")
   write_files(files, new)
+  write_sizes(new, files)
   test_load(dirname(new))
+  # If the connection has been cut, as after `timeout`, this is an error, and the host is left as it was.
+  cat(".")
   package <- file.path(library, "rustcluster")
   old <- file.path(lock, "old")
   if (file.exists(package)) {
@@ -295,6 +334,10 @@ install <- function(given) {
   libraries <- unique(c(if (length(given)) path.expand(given[[1]]), .libPaths()))
   found <- Filter(function(library) !is.null(has_build(library)), libraries)
   if (length(found) && has_build(found[[1]])) {
+    # One that died when it was nearly done has left its lock.
+    lock <- file.path(found[[1]], "00LOCK-rustcluster")
+    owner <- read_owner(lock)
+    if (!is.null(owner) && has_ended(owner, lock) && take_over(lock, owner)) delete(lock)
     answer(how = "already there", library = normalizePath(found[[1]]), version = order$version)
   }
   if (order$task == "check") answer(how = "missing")

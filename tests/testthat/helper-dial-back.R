@@ -22,7 +22,7 @@ dial_head <- function(hosts = 1L, workers = 2L, key = dial_key) {
   asked$workers <- rep(as.integer(workers), hosts)
   launches <- lapply(asked$hosts, function(host) list(host = host$host, dial = 1L, worker = here$worker))
   pointer <- package$checked(package$hub_start(
-    launches, package$packageVersionText(), package$rVersionText(), R.version$platform, 2^29
+    launches, package$buildText(), package$rVersionText(), R.version$platform, 2^29
   ))
   handle <- package$newHandle(pointer, asked$hosts)
   handle$retries <- 2

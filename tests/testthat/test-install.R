@@ -152,6 +152,54 @@ test_that("a package is not replaced before the new one loads, and a host withou
   expect_identical(install_on(hosts, "check")$how, "missing")
 })
 
+test_that("a package that is cut off is replaced, and one whose files cannot be read is no error of R's", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  library <- new_library()
+  hosts <- hosts_of(ssh, "127.0.0.2", rlibs = library)
+  expect_identical(install_on(hosts)$how, "copied")
+  for (file in c("DESCRIPTION", "libs/rustcluster.so", "R/rustcluster.rdb", "source/build", "source/sizes")) {
+    path <- file.path(library, "rustcluster", file)
+    bytes <- readBin(path, "raw", file.size(path))
+    for (kept in c(0, length(bytes) %/% 2)) {
+      writeBin(utils::head(bytes, kept), path)
+      report <- install_on(hosts)
+      expect_identical(report[c("how", "problem")], data.frame(how = "copied", problem = NA_character_))
+    }
+  }
+  expect_identical(install_on(hosts)$how, "already there")
+})
+
+test_that("a library with any letters is used, and one that R cannot search is an error", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  dir <- new_library()
+  named <- file.path(dir, "\u00fcn\u00ef \"x\" $HOME 100%v ~!;&")
+  for (locale in c("C", "C.UTF-8")) {
+    unlink(named, recursive = TRUE)
+    hosts <- hosts_of(ssh, "127.0.0.2", rlibs = named, rscript_envs = c(LC_ALL = locale))
+    expect_identical(install_on(hosts)$how, "copied")
+    expect_identical(content_of(named), "rustcluster")
+  }
+  for (name in c("a[b]", "a*", "a?", "a:b", "a\\b")) {
+    report <- install_on(hosts_of(ssh, "127.0.0.2", rlibs = file.path(dir, name)))
+    expect_match(report$problem, "R cannot find a library whose path contains.*`rlibs`")
+  }
+  expect_length(content_of(dir), 1L)
+})
+
+test_that("an agent of another build is refused", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  library <- new_library()
+  hosts <- hosts_of(ssh, "127.0.0.2", rlibs = library)
+  expect_identical(install_on(hosts, package = edited_package(identity))$how, "copied")
+  error <- caught(makeRustCluster(c("127.0.0.2" = 1), rshcmd = ssh$rshcmd, rlibs = library))
+  expect_rust_error(error, "start_failed")
+  expect_match(conditionMessage(error), "install the same build of rustcluster on the host.*install = TRUE")
+  expect_match(conditionMessage(error), paste("build", substr(installed_package()$build, 1L, 8L)))
+})
+
 test_that("hosts of a kind without a toolchain are named in one message", {
   skip_without_sshd()
   ssh <- local_sshd()
@@ -215,6 +263,11 @@ test_that("installations at the same time take turns, and the lock of a dead one
   writeLines(c(Sys.info()[["nodename"]], boot, Sys.readlink("/proc/self/ns/pid"), dead, "1"), file.path(lock, "owner"))
   writeLines("another", file.path(lock, "old", "source", "build"))
   at_once()
+  # One that died when the new version was in its place.
+  dir.create(file.path(lock, "old"), recursive = TRUE)
+  writeLines(c(Sys.info()[["nodename"]], boot, Sys.readlink("/proc/self/ns/pid"), dead, "1"), file.path(lock, "owner"))
+  expect_identical(install_on(hosts[1L])$how, "already there")
+  expect_identical(content_of(library), "rustcluster")
   # One that nothing is known of, and that is too old to wait for.
   dir.create(lock)
   Sys.setFileTime(lock, Sys.time() - 3600)
@@ -231,6 +284,28 @@ test_that("an installation that exceeds `timeout` is an error", {
   Sys.chmod(slow, "0755")
   report <- install_on(hosts_of(ssh, "127.0.0.2", rscript = slow), timeout = 1)
   expect_match(report$problem, "timeout")
+})
+
+test_that("an installation that is cut off while the package is tested leaves the host as it was", {
+  skip_without_sshd()
+  if (system("unshare -m true", ignore.stderr = TRUE) != 0L) skip("mounts take root")
+  ssh <- local_sshd()
+  library <- new_library()
+  path <- function(name) file.path(ssh$dir, name)
+  # In the test of the package, Rscript is a script that waits.
+  file.copy(file.path(R.home("bin"), "Rscript"), path("Rscript"))
+  run <- paste("exec", path("Rscript"), "\"$@\"")
+  writeLines(c(
+    "#!/bin/sh", paste("echo >", path("tests")), paste("while [ ! -e", path("go"), "]; do sleep .1; done"), run
+  ), path("waits"))
+  mount <- paste("mount --bind", path("waits"), file.path(R.home("bin"), "Rscript"))
+  writeLines(c("#!/bin/sh", paste0("exec unshare -m sh -c '", mount, "; ", run, "' sh \"$@\"")), path("start"))
+  Sys.chmod(path(c("waits", "start")), "0755")
+  report <- install_on(hosts_of(ssh, "127.0.0.2", rlibs = library, rscript = path("start")), timeout = 8)
+  expect_match(report$problem, "timeout")
+  expect_identical(file.exists(path("tests")), TRUE)
+  file.create(path("go"))
+  expect_identical(wait_until(function() !length(content_of(library))), TRUE)
 })
 
 test_that("a start with `install = TRUE` installs what is missing", {
