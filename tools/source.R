@@ -14,7 +14,7 @@ if (nzchar(package)) {
   utils::tar(file.path(to, "rustcluster.tar.gz"), files, compression = "gzip", tar = "internal")
   # Head and agent must have the same code. R CMD build writes its time into DESCRIPTION, and leaves other files out.
   code <- grep("^(R|src)/|^NAMESPACE$", files, value = TRUE)
-  code <- setdiff(code, paste0("src/rust/", c("clippy", "deny"), ".toml"))
+  code <- setdiff(code, paste0("src/rust/", c("clippy.toml", "deny.toml", "vendor.tar.xz", "vendor-config.toml")))
   sums <- tempfile()
   writeLines(paste(tools::md5sum(code), code), sums, useBytes = TRUE)
   writeLines(unname(tools::md5sum(sums)), file.path(to, "build"))
