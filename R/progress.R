@@ -122,15 +122,37 @@ withReports <- function(answer, handle) {
 # Takes what tasks have reported. Conditions are raised by raisePending().
 takeReports <- function(handle) {
   events <- hub_take_progress(handle$pointer)
-  if (isFailure(events)) return(invisible())
-  for (report in lapply(events, unserialize)) {
-    if (inherits(report, "rustcluster_elements")) {
-      handle$elements <- handle$elements + report$count
-    } else if (inherits(report, "condition")) {
-      handle$pending <- c(handle$pending, list(report))
-    }
-  }
+  if (isFailure(events) || !length(events)) return(invisible())
+  reports <- readReports(events)
+  counts <- vapply(reports, inherits, NA, "rustcluster_elements")
+  for (report in reports[counts]) handle$elements <- handle$elements + report$count
+  addReports(handle, reports[!counts])
   invisible()
+}
+
+# Returns the conditions that tasks have reported. One that cannot be read here, because it contains what only the
+# packages of the worker can read, is left out: progress is no reason for an error.
+readReports <- function(events) {
+  reports <- tryCatch(lapply(events, unserialize), error = function(e) {
+    lapply(events, function(event) tryCatch(unserialize(event), error = function(e) NULL))
+  })
+  reports[vapply(reports, inherits, NA, c("condition", "rustcluster_elements"))]
+}
+
+# Adds conditions to what raisePending() raises. They wait in an environment: a task may report very many, and removing
+# the first one of a list copies the list.
+addReports <- function(handle, conditions) {
+  if (!length(conditions)) return(invisible())
+  waiting <- list2env(list(conditions = conditions, raised = 0L), parent = emptyenv())
+  handle$pending <- c(handle$pending, list(waiting))
+  invisible()
+}
+
+# Returns the next one of conditions that wait together, or NULL.
+nextReport <- function(waiting) {
+  if (waiting$raised == length(waiting$conditions)) return(NULL)
+  waiting$raised <- waiting$raised + 1L
+  waiting$conditions[[waiting$raised]]
 }
 
 # Signals a condition of a task, as the task has done.
@@ -172,8 +194,8 @@ lapplyReporting <- function(X, FUN, ...) {
   pause <- 1L
   due <- proc.time()[["elapsed"]] + 0.2
   for (i in seq_along(X)) {
-    value <- forceAndCall(1L, FUN, X[[i]], ...)
-    if (!is.null(value)) values[[i]] <- value
+    # No variable holds the value, which may be a missing argument.
+    values[i] <- list(forceAndCall(1L, FUN, X[[i]], ...))
     if (i - looked < pause) next
     now <- proc.time()[["elapsed"]]
     # Looking at the clock takes longer than a short element: look after a few of them.
