@@ -59,12 +59,13 @@ progressBar <- function(progress, n, what, envir = NULL) {
       set = at[[1L]], total = total(), id = bar, extra = list(busy = at[[2L]]), .envir = environment()
     )
   }
-  list(update = update, end = function() cli::cli_progress_done(bar, .envir = environment()))
+  end <- function(result) cli::cli_progress_done(bar, .envir = environment(), result = result)
+  list(update = update, end = end)
 }
 
 # Prints a line now and then: after a second, then each time that a fifth more time has passed, at least 5 seconds and
-# at most 10 minutes, and at the end.
-progressLines <- function(progress, n, what) {
+# at most 10 minutes, and at the end. `grows`: returns whether there may be more tasks than `n` says now.
+progressLines <- function(progress, n, what, grows = function() FALSE) {
   total <- if (is.function(n)) n else function() n
   began <- proc.time()[["elapsed"]]
   before <- progress()[[1L]]
@@ -80,7 +81,7 @@ progressLines <- function(progress, n, what) {
     whats <- paste0(what, if (n != 1) "s")
     rate <- (done - before) / max(elapsed, 0.001)
     speed <- paste0(format(signif(rate, 2L)), "/s")
-    if (done >= n) {
+    if (done >= n && !grows()) {
       ended <<- TRUE
       message(n, " ", whats, " in ", formatSeconds(elapsed), " (", speed, ")")
     } else if (elapsed >= due) {
