@@ -92,16 +92,28 @@ progressLines <- function(progress, n, what, grows = function() FALSE) {
   }
 }
 
-# Reports to progressr. If a progressor exists already, as one that the tasks use, progressr ignores this one.
+# Reports to progressr. If a progressor exists already, as one that the tasks use, progressr ignores this one. It warns
+# of steps after the end of the other: there are no more steps once tasks have reported with a progressor of the session.
 progressrSteps <- function(progress, n, envir) {
   step <- progressr::progressor(steps = n, envir = envir)
+  fromTasks$owner <- ownerOf(step(amount = 0))
+  before <- fromTasks$count
   reported <- 0
   function() {
+    if (fromTasks$count > before) return(invisible())
     done <- progress()[[1L]]
     if (done > reported) step(amount = done - reported)
     reported <<- max(done, reported)
   }
 }
+
+# `owner`: how progressr names this session. `count`: how many conditions of progressors of this session have been
+# signaled for tasks.
+fromTasks <- new.env(parent = emptyenv())
+fromTasks$count <- 0
+
+# Returns the session that has made the progressor of a condition, or NULL.
+ownerOf <- function(condition) if (is.list(condition)) as.vector(unclass(condition)[["owner_session_uuid"]])
 
 # What tasks report ----------------------------------------------------------------------------------
 
@@ -158,6 +170,8 @@ nextReport <- function(waiting) {
 
 # Signals a condition of a task, as the task has done.
 signalReport <- function(condition) {
+  owner <- ownerOf(condition)
+  if (!is.null(owner) && identical(owner, fromTasks$owner)) fromTasks$count <- fromTasks$count + 1
   withRestarts(signalCondition(condition), muffleProgression = function(...) NULL)
 }
 

@@ -311,6 +311,27 @@ test_that("a stored run is continued with another progressor, and its own calls 
   expect_length(shown, 2)
 })
 
+test_that("global handlers of progressr show the progressor of tasks, without a warning", {
+  skip_if_not_installed("progressr")
+  text <- output_of(c(
+    "options(warn = 2, progressr.enable = TRUE)",
+    "library(progressr)",
+    "handler <- make_progression_handler('printing', reporter = list(",
+    "  update = function(config, state, progression, ...) cat(state$step, '/', config$max_steps, '\n', sep = '')",
+    "), intrusiveness = 0, enable = TRUE)",
+    "handlers(global = TRUE)",
+    "handlers(handler)",
+    "f <- function() {",
+    "  p <- progressor(11)",
+    "  invisible(parLapply(cl, 1:11, function(i, p) p(), p))",
+    "  invisible(parLapply(cl, 1:7, identity))",
+    "}",
+    "f()",
+    "f()"
+  ))
+  expect_match(text, "1/11\n.*11/11\n.*7/7\n.*1/11\n.*11/11\n.*7/7\n")
+})
+
 test_that("very many reports of a task are raised in order, and none is lost", {
   skip_if_not_installed("progressr")
   cl <- local_cluster(1)
