@@ -92,8 +92,8 @@ progressLines <- function(progress, n, what, grows = function() FALSE) {
   }
 }
 
-# Reports to progressr. If a progressor exists already, as one that the tasks use, progressr ignores this one. It warns
-# of steps after the end of the other: there are no more steps once tasks have reported with a progressor of the session.
+# Reports to progressr. If a progressor exists already, as one that the tasks use, progressr ignores this one, but warns
+# of its steps after the end of the other: it makes no step once tasks have reported with a progressor of the session.
 progressrSteps <- function(progress, n, envir) {
   step <- progressr::progressor(steps = n, envir = envir)
   fromTasks$owner <- ownerOf(step(amount = 0))
