@@ -181,11 +181,11 @@ takeProgressEvents <- function(record) {
   suspendInterrupts({
     events <- call_progress_events(handle$pointer, record$task)
     if (!isFailure(events)) {
-      conditions <- lapply(events, unserialize)
+      conditions <- readReports(events)
       if (isTRUE(record$reportsProgress)) {
         record$progressEvents <- c(record$progressEvents, conditions)
       } else {
-        handle$pending <- c(handle$pending, conditions)
+        addReports(handle, conditions)
       }
     }
   })

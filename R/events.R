@@ -42,13 +42,18 @@ show <- function(events, handle, except = NULL) {
 raisePending <- function(handle) {
   while (length(handle$pending)) {
     condition <- handle$pending[[1L]]
+    if (is.environment(condition)) {
+      report <- nextReport(condition)
+      if (!is.null(report)) {
+        signalReport(report)
+        next
+      }
+    }
     handle$pending <- handle$pending[-1L]
     if (inherits(condition, "message")) {
       message(condition)
     } else if (inherits(condition, "warning")) {
       warning(condition)
-    } else {
-      signalReport(condition)
     }
   }
   invisible()

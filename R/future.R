@@ -132,56 +132,75 @@ isOpen <- function(record) record$state == "open"
 
 dropFuture <- function(record) {
   id <- record$handle$id
-  on.exit(showFutures(id))
   futures <- Filter(function(open) !identical(open$record, record), openFutures[[id]])
   if (length(futures)) {
     assign(id, futures, openFutures)
   } else {
-    rm(list = intersect(id, ls(openFutures)), envir = openFutures)
+    suppressWarnings(rm(list = id, envir = openFutures))
+  }
+  shown <- record$shown
+  record$shown <- NULL
+  if (!is.null(shown)) {
+    shown$ended <- shown$ended + 1
+    showFutures(id)
   }
 }
 
-# The progress of the open futures of each cluster, by the ids of the clusters: the number of launched futures, how they
-# are shown, and whether a function is running that launches futures.
+# The progress of the open futures of each cluster, by the ids of the clusters: the numbers of futures that were
+# launched and that have ended, how they are shown, and whether a function is running that launches futures.
 shownFutures <- new.env(parent = emptyenv())
 
-# Shows how many futures have ended. All futures of a function such as future_lapply() count together, and other futures
-# from the first one until none is open. `launched`: how many have just been launched.
-showFutures <- function(id, launched = 0) {
+# Shows how many futures have ended. All futures of a function such as future_lapply() count together, until it returns.
+# Other futures count together from the first one until none is open. `launched`: the record of a future that has just
+# been launched.
+showFutures <- function(id, launched = NULL) {
   shown <- shownFutures[[id]]
-  if (is.null(shown)) {
-    if (!launched || !isTRUE(getOption("rustcluster.progress"))) return(invisible())
-    shown <- new.env(parent = emptyenv())
-    shown$launched <- launched
-    launcher <- launchingFrame()
-    shown$launching <- !is.null(launcher)
-    if (shown$launching) {
-      end <- function() {
-        shown$launching <- FALSE
-        if (identical(shownFutures[[id]], shown)) showFutures(id)
-      }
-      do.call(on.exit, list(as.call(list(end)), TRUE), envir = launcher)
-    }
-    assign(id, shown, shownFutures)
-    progress <- function() {
-      open <- length(openFutures[[id]])
-      c(shown$launched - open, open)
-    }
-    total <- function() shown$launched
-    shown$view <- if (showsBars()) {
-      progressBar(progress, total, "future")
-    } else {
-      list(update = progressLines(progress, total, "future"), end = function() NULL)
-    }
-  } else {
-    shown$launched <- shown$launched + launched
+  if (!is.null(launched)) {
+    launcher <- if ((is.null(shown) || !shown$launching) && isTRUE(getOption("rustcluster.progress"))) launchingFrame()
+    # Futures that nobody has collected do not count as those of this function.
+    if (!is.null(shown) && !is.null(launcher)) shown <- endShown(id, shown)
+    if (is.null(shown) && isTRUE(getOption("rustcluster.progress"))) shown <- beginShown(id, launcher)
+    if (!is.null(shown)) shown$launched <- shown$launched + 1
+    launched$shown <- shown
   }
+  if (is.null(shown)) return(invisible())
+  if (is.null(shown$view)) shown$view <- viewOf(shown)
   shown$view$update()
-  if (!shown$launching && !length(openFutures[[id]])) {
-    shown$view$end()
-    rm(list = id, envir = shownFutures)
-  }
+  if (!shown$launching && shown$ended == shown$launched) endShown(id, shown)
   invisible()
+}
+
+# Returns the record of what is shown from now on. `launcher`: the frame of the function that launches the futures, or
+# NULL.
+beginShown <- function(id, launcher) {
+  shown <- list2env(list(launched = 0, ended = 0, launching = !is.null(launcher)), parent = emptyenv())
+  if (shown$launching) {
+    end <- function() {
+      shown$launching <- FALSE
+      if (!identical(shownFutures[[id]], shown)) return()
+      showFutures(id)
+      # After an error or interrupt, futures may be open.
+      if (identical(shownFutures[[id]], shown)) endShown(id, shown)
+    }
+    do.call(on.exit, list(as.call(list(end)), TRUE), envir = launcher)
+  }
+  assign(id, shown, shownFutures)
+  shown
+}
+
+# Ends what is shown. Returns NULL.
+endShown <- function(id, shown) {
+  rm(list = id, envir = shownFutures)
+  if (!is.null(shown$view)) shown$view$end(if (shown$ended == shown$launched) "done" else "failed")
+  NULL
+}
+
+viewOf <- function(shown) {
+  progress <- function() c(shown$ended, shown$launched - shown$ended)
+  total <- function() shown$launched
+  if (showsBars()) return(progressBar(progress, total, "future"))
+  grows <- function() shown$launching
+  list(update = progressLines(progress, total, "future", grows), end = function(result) NULL)
 }
 
 # Returns the frame of the function of a package that launches futures, such as future_lapply(), or NULL if other code
@@ -258,7 +277,7 @@ launch <- function(future, cl, args) {
   countFuture(future, "launched")
   id <- record$handle$id
   assign(id, c(openFutures[[id]], list(list(record = record, future = future))), openFutures)
-  showFutures(id, launched = 1)
+  showFutures(id, record)
   invisible(future)
 }
 

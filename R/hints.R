@@ -14,7 +14,8 @@ nameNotFound <- function(text) {
     c(notFound[1:2], "object '%s' of mode '%s' was not found"), domain = "R"
   )
   translated[[3L]] <- sub("%s(?!.*%s)", "function", translated[[3L]], perl = TRUE)
-  for (pattern in unique(c(notFound, translated))) {
+  # The longest text is the last: in German, the first one begins and ends as it does.
+  for (pattern in rev(unique(c(notFound, translated)))) {
     ends <- strsplit(pattern, "%s", fixed = TRUE)[[1L]]
     if (length(ends) != 2L || !startsWith(text, ends[[1L]]) || !endsWith(text, ends[[2L]])) next
     name <- substr(text, nchar(ends[[1L]]) + 1L, nchar(text) - nchar(ends[[2L]]))

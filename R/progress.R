@@ -59,12 +59,13 @@ progressBar <- function(progress, n, what, envir = NULL) {
       set = at[[1L]], total = total(), id = bar, extra = list(busy = at[[2L]]), .envir = environment()
     )
   }
-  list(update = update, end = function() cli::cli_progress_done(bar, .envir = environment()))
+  end <- function(result) cli::cli_progress_done(bar, .envir = environment(), result = result)
+  list(update = update, end = end)
 }
 
 # Prints a line now and then: after a second, then each time that a fifth more time has passed, at least 5 seconds and
-# at most 10 minutes, and at the end.
-progressLines <- function(progress, n, what) {
+# at most 10 minutes, and at the end. `grows`: returns whether there may be more tasks than `n` says now.
+progressLines <- function(progress, n, what, grows = function() FALSE) {
   total <- if (is.function(n)) n else function() n
   began <- proc.time()[["elapsed"]]
   before <- progress()[[1L]]
@@ -80,7 +81,7 @@ progressLines <- function(progress, n, what) {
     whats <- paste0(what, if (n != 1) "s")
     rate <- (done - before) / max(elapsed, 0.001)
     speed <- paste0(format(signif(rate, 2L)), "/s")
-    if (done >= n) {
+    if (done >= n && !grows()) {
       ended <<- TRUE
       message(n, " ", whats, " in ", formatSeconds(elapsed), " (", speed, ")")
     } else if (elapsed >= due) {
@@ -91,16 +92,28 @@ progressLines <- function(progress, n, what) {
   }
 }
 
-# Reports to progressr. If a progressor exists already, as one that the tasks use, progressr ignores this one.
+# Reports to progressr. If a progressor exists already, as one that the tasks use, progressr ignores this one, but warns
+# of its steps after the end of the other: it makes no step once tasks have reported with a progressor of the session.
 progressrSteps <- function(progress, n, envir) {
   step <- progressr::progressor(steps = n, envir = envir)
+  fromTasks$owner <- ownerOf(step(amount = 0))
+  before <- fromTasks$count
   reported <- 0
   function() {
+    if (fromTasks$count > before) return(invisible())
     done <- progress()[[1L]]
     if (done > reported) step(amount = done - reported)
     reported <<- max(done, reported)
   }
 }
+
+# `owner`: how progressr names this session. `count`: how many conditions of progressors of this session have been
+# signaled for tasks.
+fromTasks <- new.env(parent = emptyenv())
+fromTasks$count <- 0
+
+# Returns the session that has made the progressor of a condition, or NULL.
+ownerOf <- function(condition) if (is.list(condition)) as.vector(unclass(condition)[["owner_session_uuid"]])
 
 # What tasks report ----------------------------------------------------------------------------------
 
@@ -122,19 +135,43 @@ withReports <- function(answer, handle) {
 # Takes what tasks have reported. Conditions are raised by raisePending().
 takeReports <- function(handle) {
   events <- hub_take_progress(handle$pointer)
-  if (isFailure(events)) return(invisible())
-  for (report in lapply(events, unserialize)) {
-    if (inherits(report, "rustcluster_elements")) {
-      handle$elements <- handle$elements + report$count
-    } else if (inherits(report, "condition")) {
-      handle$pending <- c(handle$pending, list(report))
-    }
-  }
+  if (isFailure(events) || !length(events)) return(invisible())
+  reports <- readReports(events)
+  counts <- vapply(reports, inherits, NA, "rustcluster_elements")
+  for (report in reports[counts]) handle$elements <- handle$elements + report$count
+  addReports(handle, reports[!counts])
   invisible()
+}
+
+# Returns the conditions that tasks have reported. One that cannot be read here, because it contains what only the
+# packages of the worker can read, is left out: progress is no reason for an error.
+readReports <- function(events) {
+  reports <- tryCatch(lapply(events, unserialize), error = function(e) {
+    lapply(events, function(event) tryCatch(unserialize(event), error = function(e) NULL))
+  })
+  reports[vapply(reports, inherits, NA, c("condition", "rustcluster_elements"))]
+}
+
+# Adds conditions to what raisePending() raises. They wait in an environment: a task may report very many, and removing
+# the first one of a list copies the list.
+addReports <- function(handle, conditions) {
+  if (!length(conditions)) return(invisible())
+  waiting <- list2env(list(conditions = conditions, raised = 0L), parent = emptyenv())
+  handle$pending <- c(handle$pending, list(waiting))
+  invisible()
+}
+
+# Returns the next one of conditions that wait together, or NULL.
+nextReport <- function(waiting) {
+  if (waiting$raised == length(waiting$conditions)) return(NULL)
+  waiting$raised <- waiting$raised + 1L
+  waiting$conditions[[waiting$raised]]
 }
 
 # Signals a condition of a task, as the task has done.
 signalReport <- function(condition) {
+  owner <- ownerOf(condition)
+  if (!is.null(owner) && identical(owner, fromTasks$owner)) fromTasks$count <- fromTasks$count + 1
   withRestarts(signalCondition(condition), muffleProgression = function(...) NULL)
 }
 
@@ -172,8 +209,8 @@ lapplyReporting <- function(X, FUN, ...) {
   pause <- 1L
   due <- proc.time()[["elapsed"]] + 0.2
   for (i in seq_along(X)) {
-    value <- forceAndCall(1L, FUN, X[[i]], ...)
-    if (!is.null(value)) values[[i]] <- value
+    # No variable holds the value, which may be a missing argument.
+    values[i] <- list(forceAndCall(1L, FUN, X[[i]], ...))
     if (i - looked < pause) next
     now <- proc.time()[["elapsed"]]
     # Looking at the clock takes longer than a short element: look after a few of them.

@@ -192,6 +192,8 @@ contentOf <- function(x, seen) {
   if (is.object(x)) {
     if (isClusterObject(x)) return("cluster")
     if (inherits(x, "connection")) return("connection")
+    # Each session makes another one, and what it shows is not part of a result.
+    if (inherits(x, "progressor")) return("progressor")
   }
   if (!hasCode(x)) {
     return(if (!is.null(hashing$dir) && identical(x, hashing$dir)) "directory of the run" else canonical(x))

@@ -93,8 +93,11 @@ forEachHost <- function(cl, fun) {
   }
 }
 
-# Calls a function once on each node. Unlike a call of clusterCall(), it is not repeated when a worker is replaced.
+# Calls a function once on each node. Unlike a call of clusterCall(), it is not repeated when a worker is replaced. It
+# shows no progress: this is not the job of the user.
 onNodes <- function(nodes, fun, ...) {
+  old <- options(rustcluster.progress = FALSE)
+  on.exit(options(old))
   parallel::clusterApply(nodes, seq_along(nodes), callWith, fun, ...)
 }
 

@@ -33,6 +33,23 @@ test_that("names are read from R's errors", {
   expect_null(name(paste0("object '", strrep("x", 1e5), "' not found")))
 })
 
+test_that("names are read from errors in the language of the session", {
+  code <- paste(
+    "said <- function(expr) tryCatch(expr, error = conditionMessage)",
+    "name <- rustcluster:::nameNotFound",
+    "said <- c(said(nosuch), said(nosuch()), said(get('nosuch', mode = 'function')))",
+    "cat(length(unique(c(said, 'object \\'nosuch\\' not found'))), vapply(said, name, ''))",
+    sep = "; "
+  )
+  for (language in c("de", "fr", "ja")) {
+    out <- system2(
+      file.path(R.home("bin"), "Rscript"), c("--vanilla", "-e", shQuote(code)), stdout = TRUE,
+      env = paste0(c("LANGUAGE=", "LC_ALL="), c(language, "C.UTF-8"))
+    )
+    expect_match(out, "^[34] nosuch nosuch nosuch$")
+  }
+})
+
 test_that("a variable that was not exported is named, once a session", {
   skip_on_cran()
   cl <- local_cluster(2)

@@ -123,6 +123,16 @@ test_that("futures and runs print lines, too", {
   # The next futures are counted anew.
   said <- messages_of(future::value(future::future(Sys.sleep(0.1))))
   expect_match(said, "^1 future in ", all = FALSE)
+  # So are those of a function after futures that nobody has collected, because a function has ended with an error or
+  # because nobody has asked for their value.
+  failing <- function(i) if (i == 2) stop("two") else Sys.sleep(0.3)
+  messages_of(caught(future.apply::future_lapply(1:4, failing, future.chunk.size = 1)))
+  expect_length(ls(rustcluster:::shownFutures), 0)
+  expect_silent(future::future(NULL, lazy = TRUE))
+  messages_of(future::future(NULL))
+  said <- messages_of(future.apply::future_lapply(1:3, function(i) Sys.sleep(0.1), future.chunk.size = 1))
+  expect_match(said, "^3 futures in ", all = FALSE)
+  expect_length(ls(rustcluster:::shownFutures), 0)
 })
 
 test_that("chunks that report elements have the values, calls and random numbers of lapply()", {
@@ -147,6 +157,7 @@ test_that("chunks that report elements have the values, calls and random numbers
   same(1:3, function(x) if (x == 2) stop("two") else x)
   same(1:2, "no such function")
   same(1:2, function(x) missing(x))
+  same(alist(a = , b = 1), identity)
   # A function that is made for an element keeps it.
   made <- function(apply) lapply(apply(1:3, function(i) function() i), function(f) f())
   expect_identical(made(reporting), made(lapply))
@@ -276,6 +287,72 @@ test_that("what tasks of a call that was interrupted have reported is not part o
   conditions(parallel::clusterApply(cl, c("new", "new"), task))
   expect_identical(unique(seen), "new")
   expect_length(seen, 100)
+})
+
+test_that("a stored run is continued with another progressor, and its own calls of workers show no progress", {
+  skip_if_not_installed("progressr")
+  cl <- local_cluster(2)
+  dir <- tempfile("run-")
+  on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
+  shown <- character()
+  run <- function(n, save) {
+    steps_of({
+      # The call computes the elements from the fifth on.
+      p <- progressr::progressor(if (n > 4) n - 4 else n)
+      withCallingHandlers(
+        clusterLapply(cl, 1:n, global(function(i, p) p()), p, .store = dir, .save = save, .reuse = "same"),
+        progression = function(p) if (p$type == "initiate") shown <<- c(shown, p$progressor_uuid)
+      )
+    })
+  }
+  expect_equal(run(4, "head"), list(steps = 4, max = 4))
+  expect_equal(run(7, "hosts"), list(steps = 3, max = 3))
+  # One of each call, besides the progressor of the session.
+  expect_length(shown, 2)
+})
+
+test_that("global handlers of progressr show the progressor of tasks, without a warning", {
+  skip_if_not_installed("progressr")
+  text <- output_of(c(
+    "options(warn = 2, progressr.enable = TRUE)",
+    "library(progressr)",
+    "handler <- make_progression_handler('printing', reporter = list(",
+    "  update = function(config, state, progression, ...) cat(state$step, '/', config$max_steps, '\n', sep = '')",
+    "), intrusiveness = 0, enable = TRUE)",
+    "handlers(global = TRUE)",
+    "handlers(handler)",
+    "f <- function() {",
+    "  p <- progressor(11)",
+    "  invisible(parLapply(cl, 1:11, function(i, p) p(), p))",
+    "  invisible(parLapply(cl, 1:7, identity))",
+    "}",
+    "f()",
+    "f()"
+  ))
+  expect_match(text, "1/11\n.*11/11\n.*7/7\n.*1/11\n.*11/11\n.*7/7\n")
+})
+
+test_that("very many reports of a task are raised in order, and none is lost", {
+  skip_if_not_installed("progressr")
+  cl <- local_cluster(1)
+  seen <- integer()
+  signals <- function(n) {
+    for (i in seq_len(n)) signalCondition(structure(list(message = i), class = c("progression", "condition")))
+  }
+  count <- function(expr) withCallingHandlers(expr, progression = function(p) seen[[length(seen) + 1L]] <<- p$message)
+  count(parallel::clusterApply(cl, 2e4, signals))
+  expect_identical(seen, 1:20000)
+  # After a jump, what the next call reports is complete.
+  tryCatch(parallel::clusterApply(cl, 100, signals), progression = function(p) NULL)
+  seen <- integer()
+  count(parallel::clusterApply(cl, 100, signals))
+  expect_identical(seen, 1:100)
+})
+
+test_that("a report that cannot be read is left out", {
+  whole <- serialize(structure(list(message = "a"), class = c("progression", "condition")), NULL)
+  reports <- rustcluster:::readReports(list(whole, whole[1:40], serialize("no condition", NULL), whole))
+  expect_identical(reports, rep(list(unserialize(whole)), 2))
 })
 
 test_that("no process is left", {
