@@ -34,8 +34,8 @@ hintFor <- function(message) {
   if (is.null(name)) return(NULL)
   if (inherits(get0(name, globalenv(), inherits = FALSE), "cluster")) {
     return(list(name = name, text = paste0(
-      "`", name, "` is a cluster of this session, which workers cannot use: call lapply() in the task, or make one call ",
-      "for all inner elements"
+      "`", name, "` is a cluster of this session, which workers cannot use: call lapply() in the task, or make one ",
+      "call for all inner elements"
     )))
   }
   if (exists(name, globalenv(), inherits = FALSE)) {

@@ -35,7 +35,9 @@ showProgress <- function(progress, n, what, envir = parent.frame()) {
 }
 
 # Returns whether a bar can be drawn: not in documents of knitr and in scripts, whose output is kept.
-showsBars <- function() interactive() && cli::is_dynamic_tty() && !isTRUE(getOption("knitr.in.progress"))
+showsBars <- function() {
+  interactive() && !isTRUE(getOption("knitr.in.progress")) && hasCli() && cli::is_dynamic_tty()
+}
 
 # Returns functions that update and end a bar, which ends with the frame `envir` at the latest. `n`: the number of
 # tasks, or a function that returns it.

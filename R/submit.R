@@ -82,7 +82,9 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
   expr <- substitute(expr)
   given <- list(...)
   if (length(given) && (is.null(names(given)) || !all(nzchar(names(given))))) {
-    badArgument("...", "must be named: these are variables for `expr`; for a call of a function, write clusterSubmit(cl, f(x))")
+    badArgument(
+      "...", "must be named: these are variables for `expr`; for a call of a function, write clusterSubmit(cl, f(x))"
+    )
   }
   .packages <- plain(.packages)
   if (!is.null(.packages) && !(is.character(.packages) && all(isText(.packages)) && all(nzchar(.packages)))) {

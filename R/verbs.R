@@ -51,7 +51,7 @@
 #' tasks, their rate, the number of busy workers and the remaining time. `parLapply()`, `parSapply()` and `parApply()`
 #' send chunks of elements: the bar counts elements. `parRapply()` and `parCapply()` count chunks. The option applies to
 #' [clusterLapply()], foreach, runs ([startRun()]) and futures, too. Futures are counted as they are launched, with
-#' `plan(cluster_rust)`.
+#' `plan(cluster_rust)`. On nodes of several clusters, parallel's functions show no progress; [clusterLapply()] does.
 #'
 #' In scripts, in documents of \pkg{knitr} and wherever no bar can be drawn, a message is printed now and then instead:
 #' after a second, then at growing intervals of 5 seconds to 10 minutes, and at the end. Jobs of less than a second
@@ -60,8 +60,8 @@
 #' \pkg{progressr} needs no option. Within `progressr::with_progress()`, or after `progressr::handlers(global = TRUE)`,
 #' its handlers show the same progress instead of the bar, unless the option is `FALSE`. In a script they show nothing
 #' without `options(progressr.enable = TRUE)`. Tasks may also call a progressor of the session, whose handlers then show
-#' that: `p <- progressr::progressor(100)`, and `p()` in `fun`, with `p` as an argument. The progress of futures is shown
-#' by progressr only if they call a progressor, as with all plans.
+#' that: `p <- progressr::progressor(100)`, and `p()` in `fun`, with `p` as an argument. \pkg{progressr} shows the
+#' progress of futures only if these call a progressor, as with all plans.
 #' @seealso [clusterLapply()] for seeds, timeouts and streaming results.
 #' @examples
 #' cl <- makeRustCluster(2)
