@@ -251,10 +251,10 @@ callValue <- function(record, signal = TRUE) {
 
 awaitCall <- function(record) {
   handle <- record$handle
-  while (record$state == "open") {
+  withoutCallOfTimeLimit(while (record$state == "open") {
     checkCalls(handle)
     takeProgressEvents(record)
-    if (length(record$progressEvents)) return(invisible())
+    if (length(record$progressEvents)) break
     checkCall(record)
     raisePending(handle)
     if (record$state != "open") break
@@ -263,7 +263,8 @@ awaitCall <- function(record) {
     showEvents(handle)
     showFutures(handle$id)
     raiseInterrupt()
-  }
+  })
+  invisible()
 }
 
 cancelCall <- function(record) {

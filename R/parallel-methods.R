@@ -171,11 +171,16 @@ recvData.RustNode <- function(node) {
 }
 
 # Raises a pending interrupt. R itself does so only at times, and an interrupt that is raised right after an answer was
-# taken would lose the answer. Also raises the error of a time limit (setTimeLimit()), without its call, Sys.sleep(0),
-# which is not the user's.
+# taken would lose the answer. Also raises the error of a time limit (setTimeLimit()).
 raiseInterrupt <- function() {
-  withCallingHandlers(Sys.sleep(0), error = function(e) if (isTimeLimit(e)) stop(conditionMessage(e), call. = FALSE))
+  withoutCallOfTimeLimit(Sys.sleep(0))
   if (!is.null(runner$tick)) runner$tick()
+}
+
+# Evaluates code that waits. R may notice anywhere in it that a time limit is exceeded, so that the call of this error is
+# not the user's.
+withoutCallOfTimeLimit <- function(expr) {
+  withCallingHandlers(expr, error = function(e) if (isTimeLimit(e)) stop(conditionMessage(e), call. = FALSE))
 }
 
 #' @exportS3Method parallel::recvOneData
