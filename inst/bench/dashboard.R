@@ -1,7 +1,7 @@
 # What the dashboard costs: many short tasks with an open page, compared with the same without one, in turn; and the CPU
 # time of an idle session with and without a page.
 #
-#   Rscript dashboard.R [workers=320] [tasks=100000] [calls=3] [rounds=40] [seconds=20]
+#   Rscript dashboard.R [workers=320] [tasks=100000] [calls=10] [rounds=25] [seconds=20]
 #
 # The page is a process that asks for figures as the page of a browser does: a browser's own work is not measured.
 
@@ -14,8 +14,8 @@ workers <- as.integer(option("workers", "320"))
 tasks <- as.integer(option("tasks", "100000"))
 # The calls of a run, which must take more than a second: a page asks once a second. Many short pairs are compared,
 # because other processes disturb long ones more.
-calls <- as.integer(option("calls", "3"))
-rounds <- as.integer(option("rounds", "40"))
+calls <- as.integer(option("calls", "10"))
+rounds <- as.integer(option("rounds", "25"))
 seconds <- as.numeric(option("seconds", "20"))
 
 # Asks for figures until the file exists, as the page does: the bins of the timeline that are new, once a second.
