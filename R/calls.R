@@ -175,8 +175,8 @@ callLost <- function(what, losses) {
   rustclusterCondition("task_failed", lostText(what, losses), losses = losses)
 }
 
-# Receives what a call has reported while it runs (see report()). raisePending() raises the conditions, unless the caller
-# relays them.
+# Receives what a call has reported while it runs (see report()). raisePending() raises the conditions, unless the
+# caller relays them.
 takeProgressEvents <- function(record) {
   handle <- record$handle
   suspendInterrupts({

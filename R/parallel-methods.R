@@ -177,8 +177,8 @@ raiseInterrupt <- function() {
   if (!is.null(runner$tick)) runner$tick()
 }
 
-# Evaluates code that waits. R may notice anywhere in it that a time limit is exceeded, so that the call of this error is
-# not the user's.
+# Evaluates code that waits. R may notice anywhere in it that a time limit is exceeded, so that the call of this error
+# is not the user's.
 withoutCallOfTimeLimit <- function(expr) {
   withCallingHandlers(expr, error = function(e) if (isTimeLimit(e)) stop(conditionMessage(e), call. = FALSE))
 }
