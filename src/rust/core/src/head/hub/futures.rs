@@ -1,14 +1,10 @@
 //! The state of calls for the first free worker, and which of them need R's attention.
 
+use super::progress_events::ProgressEvents;
 use crate::head::scheduler::events::{Outcome, Termination};
-use crate::protocol::frame::{FIRST, LAST};
 use crate::protocol::ids::{Rank, TaskId};
 use std::collections::HashMap;
 use std::sync::Arc;
-
-/// Maximum number of bytes of progress events of a call that wait for R: further events are
-/// dropped.
-const PROGRESS_EVENTS_LIMIT: usize = 16 * 1024 * 1024;
 
 /// Wakes R's event loop to check the calls, from any thread.
 pub type Waker = Box<dyn Fn() + Send>;
@@ -27,23 +23,7 @@ struct CallState {
     end: Option<CallEnd>,
     /// R wants to be notified as soon as the call has ended.
     notify: bool,
-    /// Progress events that R has not taken, each in one piece; the last may be incomplete.
-    progress_events: Vec<Vec<u8>>,
-    /// Bytes of the progress events.
-    progress: usize,
-    /// Whether the last progress event is complete.
-    whole: bool,
-}
-
-impl CallState {
-    /// Drops an incomplete progress event, whose worker failed.
-    fn drop_incomplete(&mut self) {
-        if !self.whole {
-            self.progress_events.pop();
-            self.progress = self.progress_events.iter().map(Vec::len).sum();
-            self.whole = true;
-        }
-    }
+    progress_events: ProgressEvents,
 }
 
 /// See the module's documentation.
@@ -63,7 +43,8 @@ impl CallTable {
         self.attention.retain(|&other| other != task);
         let call = self.known.entry(task).or_default();
         call.end = None;
-        call.drop_incomplete();
+        // Its worker failed.
+        call.progress_events.drop_incomplete(task);
     }
 
     pub fn expects(&self, task: TaskId) -> bool {
@@ -99,36 +80,16 @@ impl CallTable {
 
     /// Records a part of a progress event.
     pub fn progress(&mut self, task: TaskId, flags: u8, bytes: &[u8]) {
-        let Some(call) = self.known.get_mut(&task) else {
-            return;
-        };
-        if flags & FIRST != 0 {
-            call.drop_incomplete();
-            if call.progress + bytes.len() > PROGRESS_EVENTS_LIMIT {
-                return;
-            }
-            call.progress_events.push(Vec::new());
-            call.whole = false;
-        }
-        if let Some(progress_event) = call.progress_events.last_mut().filter(|_| !call.whole) {
-            progress_event.extend_from_slice(bytes);
-            call.progress += bytes.len();
-            call.whole = flags & LAST != 0;
+        if let Some(call) = self.known.get_mut(&task) {
+            call.progress_events.add(task, flags, bytes, usize::MAX);
         }
     }
 
     /// Takes all progress events of a call since the last time.
     pub fn take_progress_events(&mut self, task: TaskId) -> Vec<Vec<u8>> {
-        let Some(call) = self.known.get_mut(&task) else {
-            return Vec::new();
-        };
-        let rest = match call.whole {
-            true => call.progress_events.len(),
-            false => call.progress_events.len().saturating_sub(1),
-        };
-        let left = call.progress_events.split_off(rest);
-        call.progress = left.iter().map(Vec::len).sum();
-        std::mem::replace(&mut call.progress_events, left)
+        let call = self.known.get_mut(&task);
+        call.map(|call| call.progress_events.take())
+            .unwrap_or_default()
     }
 
     fn alert(&mut self, task: TaskId) {
@@ -162,8 +123,7 @@ impl CallTable {
 
     /// Whether this call or any other needs R's attention.
     pub fn any_for(&self, task: TaskId) -> bool {
-        let progress =
-            |call: &CallState| call.end.is_some() || !call.progress_events.is_empty() && call.whole;
+        let progress = |call: &CallState| call.end.is_some() || !call.progress_events.is_empty();
         let ended = self.known.get(&task).is_none_or(progress);
         ended || !self.attention.is_empty()
     }
@@ -197,6 +157,8 @@ impl CallTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::head::hub::progress_events::LIMIT;
+    use crate::protocol::frame::{FIRST, LAST};
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn body(bytes: &'static [u8]) -> Outcome {
@@ -249,7 +211,7 @@ mod tests {
             calls.take_progress_events(1),
             [b"ab".to_vec(), b"c".to_vec()]
         );
-        let large = vec![0; PROGRESS_EVENTS_LIMIT / 2];
+        let large = vec![0; LIMIT / 2];
         for _ in 0..3 {
             calls.progress(1, FIRST | LAST, &large);
         }

@@ -2,13 +2,13 @@
 
 use super::adaptive::Arrival;
 use super::futures::CallTable;
+use super::progress_events::{LIMIT, ProgressEvents};
 use crate::head::scheduler::events::{Interruption, Note, Outcome, Termination};
 use crate::head::task_table::TaskTable;
 use crate::protocol::control::{Facts, Hello, ToHead, Usage, WorkerFailure};
-use crate::protocol::frame::{FIRST, LAST};
-use crate::protocol::ids::{JobId, Rank, TaskId};
+use crate::protocol::ids::{JobId, Rank};
 use bytes::Bytes;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,8 +17,6 @@ use std::time::{Duration, Instant};
 const OUTPUT_LIMIT: usize = 16 * 1024 * 1024;
 /// Bytes counted for each piece of output besides its content.
 const OUTPUT_PIECE: usize = 64;
-/// Maximum number of bytes of progress events that wait for R: further events are dropped.
-const PROGRESS_LIMIT: usize = 16 * 1024 * 1024;
 
 /// Why a host was lost, with the output of its agent's command.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -234,12 +232,8 @@ pub struct Inbox {
     mute: bool,
     /// Whether R wants progress events of tasks that are no calls.
     pub wants_progress: bool,
-    /// Progress events of these tasks, each in one piece.
-    progress_events: Vec<Vec<u8>>,
-    /// Progress events of which a part has arrived, by the task.
-    incomplete_progress: HashMap<TaskId, Vec<u8>>,
-    /// Bytes of both.
-    progress: usize,
+    /// Progress events of these tasks.
+    progress_events: ProgressEvents,
     /// Workers that have come up.
     pub up: usize,
     /// How often a worker has joined or come back.
@@ -264,9 +258,7 @@ impl Inbox {
             output: 0,
             mute: false,
             wants_progress: false,
-            progress_events: Vec::new(),
-            incomplete_progress: HashMap::new(),
-            progress: 0,
+            progress_events: ProgressEvents::default(),
             up: 0,
             arrivals: 0,
             closed: false,
@@ -412,7 +404,7 @@ impl Inbox {
             Note::Done {
                 task, job, outcome, ..
             } => {
-                self.drop_incomplete(task);
+                self.progress_events.drop_incomplete(task);
                 if let Err(Outcome::Answer(body)) = self.tasks.ended(task, job, outcome) {
                     return body.len;
                 }
@@ -462,7 +454,11 @@ impl Inbox {
             Note::ProgressEvent { task, flags, bytes } if self.calls.expects(task) => {
                 self.calls.progress(task, flags, &bytes);
             }
-            Note::ProgressEvent { task, flags, bytes } => self.reported(task, flags, &bytes),
+            Note::ProgressEvent { task, flags, bytes } => {
+                if self.wants_progress {
+                    self.progress_events.add(task, flags, &bytes, LIMIT);
+                }
+            }
             // Its stream is closed for that reason.
             Note::Failed { .. } => {}
             Note::StartFailed { agent, reason } => self.hosts[agent].start_failure = Some(reason),
@@ -484,39 +480,6 @@ impl Inbox {
         }
     }
 
-    /// A part of a progress event of a task that is no call has arrived.
-    fn reported(&mut self, task: TaskId, flags: u8, bytes: &[u8]) {
-        if !self.wants_progress {
-            return;
-        }
-        if flags & FIRST != 0 {
-            self.drop_incomplete(task);
-            if self.progress + bytes.len() > PROGRESS_LIMIT {
-                return;
-            }
-            self.incomplete_progress.insert(task, Vec::new());
-        }
-        let Some(event) = self.incomplete_progress.get_mut(&task) else {
-            return;
-        };
-        event.extend_from_slice(bytes);
-        self.progress += bytes.len();
-        if self.progress > PROGRESS_LIMIT {
-            self.drop_incomplete(task);
-        } else if flags & LAST != 0 {
-            let bytes = std::mem::take(event);
-            self.incomplete_progress.remove(&task);
-            self.progress_events.push(bytes);
-        }
-    }
-
-    /// Drops a progress event whose end has not arrived.
-    fn drop_incomplete(&mut self, task: TaskId) {
-        if let Some(event) = self.incomplete_progress.remove(&task) {
-            self.progress -= event.len();
-        }
-    }
-
     /// Whether there are events for R to show.
     pub fn has_events(&self) -> bool {
         !self.events.is_empty() || !self.progress_events.is_empty()
@@ -531,8 +494,7 @@ impl Inbox {
 
     /// Takes the progress events of tasks since the last call.
     pub fn take_progress(&mut self) -> Vec<Vec<u8>> {
-        self.progress = self.incomplete_progress.values().map(Vec::len).sum();
-        std::mem::take(&mut self.progress_events)
+        self.progress_events.take()
     }
 
     fn terminated(&mut self, rank: Rank, termination: Arc<Termination>) {
@@ -658,6 +620,7 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::frame::{FIRST, LAST};
 
     #[test]
     fn output_that_is_not_taken_is_bounded_and_reported_as_truncated() {
@@ -718,7 +681,7 @@ mod tests {
         });
         report(&mut inbox, 2, LAST, b"of nothing");
         assert!(inbox.take_progress().is_empty());
-        let large = vec![0; PROGRESS_LIMIT / 2];
+        let large = vec![0; LIMIT / 2];
         for _ in 0..3 {
             report(&mut inbox, 3, FIRST | LAST, &large);
         }

@@ -19,6 +19,7 @@ mod inbox;
 mod join;
 mod kept;
 mod missed;
+mod progress_events;
 mod readiness;
 mod recent;
 mod restore;
