@@ -8,6 +8,12 @@ hosts_of <- function(ssh, hosts, ...) {
 install_on <- function(...) rustcluster:::installOn(...)
 installed_package <- function() rustcluster:::installedPackage()
 
+# Starts an sshd whose hosts do not search the libraries of this machine, which may have this build. Debian's R sets
+# R_LIBS_SITE in the site's file, whose path is R_ENVIRON.
+install_sshd <- function(.frame = parent.frame()) {
+  local_sshd(.frame, config = "SetEnv R_ENVIRON=/dev/null R_LIBS_SITE=/nowhere R_LIBS_USER=/nowhere")
+}
+
 # A library that does not exist yet, and is removed with the calling frame.
 new_library <- function(.frame = parent.frame()) {
   library <- tempfile("it's a library-")
@@ -86,7 +92,7 @@ test_that("this machine is skipped", {
 
 test_that("a host that cannot be reached or written to is an error with a remedy", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   error <- caught(installOnHosts(
     list(
       list(host = "no-such-host.invalid", ncore = 3), list(host = "127.0.0.2", ncore = 1),
@@ -104,7 +110,7 @@ test_that("a host that cannot be reached or written to is an error with a remedy
 
 test_that("a host of this machine's kind gets a copy, once, and can be used", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   library <- new_library()
   install <- function() installOnHosts("127.0.0.2", rshcmd = ssh$rshcmd, rlibs = library, progress = TRUE)
   expect_message(report <- install(), "copied from this machine")
@@ -138,7 +144,7 @@ test_that("a host of this machine's kind gets a copy, once, and can be used", {
 
 test_that("a package is not replaced before the new one loads, and a host without a toolchain is an error", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   library <- new_library()
   hosts <- hosts_of(ssh, "127.0.0.2", rlibs = library)
   expect_identical(install_on(hosts)$how, "copied")
@@ -154,7 +160,7 @@ test_that("a package is not replaced before the new one loads, and a host withou
 
 test_that("a package that is cut off is replaced, and one whose files cannot be read is no error of R's", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   library <- new_library()
   hosts <- hosts_of(ssh, "127.0.0.2", rlibs = library)
   expect_identical(install_on(hosts)$how, "copied")
@@ -172,7 +178,7 @@ test_that("a package that is cut off is replaced, and one whose files cannot be 
 
 test_that("a library with any letters is used, and one that R cannot search is an error", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   dir <- new_library()
   named <- file.path(dir, "\u00fcn\u00ef \"x\" $HOME 100%v ~!;&")
   for (locale in c("C", "C.UTF-8")) {
@@ -190,7 +196,7 @@ test_that("a library with any letters is used, and one that R cannot search is a
 
 test_that("an agent of another build is refused", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   library <- new_library()
   hosts <- hosts_of(ssh, "127.0.0.2", rlibs = library)
   expect_identical(install_on(hosts, package = edited_package(identity))$how, "copied")
@@ -202,7 +208,7 @@ test_that("an agent of another build is refused", {
 
 test_that("hosts of a kind without a toolchain are named in one message", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   report <- install_on(
     hosts_of(ssh, c("127.0.0.2", "127.0.0.3"), rlibs = new_library()), package = other_kind(installed_package(), "99.0")
   )
@@ -214,7 +220,7 @@ test_that("hosts of a kind without a toolchain are named in one message", {
 
 test_that("the error of a failed compilation contains the end of its output", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   package <- edited_source("configure", function(lines) c("#!/bin/sh", "echo this is 100% wrong", "exit 3"))
   package <- other_kind(package, "1.0")
   library <- new_library()
@@ -228,7 +234,7 @@ test_that("the error of a failed compilation contains the end of its output", {
 
 test_that("a full disk and a read-only library are errors that say so", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   small <- local_mount("size=6m")
   fixed <- local_mount("size=1m,ro")
   hosts <- c(hosts_of(ssh, "127.0.0.2", rlibs = small), hosts_of(ssh, "127.0.0.3", rlibs = fixed),
@@ -243,7 +249,7 @@ test_that("a full disk and a read-only library are errors that say so", {
 
 test_that("installations at the same time take turns, and the lock of a dead one is taken over", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   library <- new_library()
   hosts <- hosts_of(ssh, paste0("127.0.0.", 2:4), rlibs = library)
   at_once <- function() {
@@ -278,7 +284,7 @@ test_that("installations at the same time take turns, and the lock of a dead one
 
 test_that("an installation that exceeds `timeout` is an error", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   slow <- file.path(ssh$dir, "slow")
   writeLines(c("#!/bin/sh", "sleep 100"), slow)
   Sys.chmod(slow, "0755")
@@ -289,7 +295,7 @@ test_that("an installation that exceeds `timeout` is an error", {
 test_that("an installation that is cut off while the package is tested leaves the host as it was", {
   skip_without_sshd()
   if (system("unshare -m true", ignore.stderr = TRUE) != 0L) skip("mounts take root")
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   library <- new_library()
   path <- function(name) file.path(ssh$dir, name)
   # In the test of the package, Rscript is a script that waits.
@@ -310,11 +316,11 @@ test_that("an installation that is cut off while the package is tested leaves th
 
 test_that("a start with `install = TRUE` installs what is missing", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   library <- new_library()
   spec <- list(list(host = "127.0.0.2", ncore = 1), list(host = "localhost", ncore = 1))
   start <- function(..., spec = spec) makeRustCluster(spec, rshcmd = ssh$rshcmd, rlibs = library, ...)
-  error <- caught(start(spec = spec[1L], rscript_args = "--vanilla", rscript_envs = c(R_LIBS_SITE = "/nowhere")))
+  error <- caught(start(spec = spec[1L]))
   expect_rust_error(error, "start_failed")
   expect_match(conditionMessage(error), "installOnHosts(\"127.0.0.2\")`, start with `install = TRUE`", fixed = TRUE)
   cl <- local_cluster(spec, rshcmd = ssh$rshcmd, rlibs = library, install = TRUE)
@@ -326,15 +332,14 @@ test_that("a start with `install = TRUE` installs what is missing", {
   expect_length(cl, 3L)
 
   wrong <- list(list(host = "127.0.0.2", ncore = 1, rlibs = "/proc/nowhere"), list(host = "localhost", ncore = 1))
-  nowhere <- c(R_LIBS_SITE = "/nowhere")
-  error <- caught(makeRustCluster(wrong, rshcmd = ssh$rshcmd, install = TRUE, rscript_envs = nowhere))
+  error <- caught(makeRustCluster(wrong, rshcmd = ssh$rshcmd, install = TRUE))
   expect_rust_error(error, "install_failed")
   expect_identical(error$host, "127.0.0.2")
 })
 
 test_that("an interactive session asks before it installs", {
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   library <- new_library()
   script <- c(
     deparse(bquote(spec <- list(host = "127.0.0.2", ncore = 1, rshcmd = .(ssh$rshcmd), rlibs = .(library)))),
@@ -358,7 +363,7 @@ test_that("an interactive session asks before it installs", {
 test_that("one host of a kind compiles, and the others get a copy of its package", {
   skip_unless_long()
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   libraries <- c(new_library(), new_library())
   hosts <- c(hosts_of(ssh, "127.0.0.2", rlibs = libraries[1L]), hosts_of(ssh, "127.0.0.3", rlibs = libraries[2L]))
   report <- install_on(hosts, package = other_kind(installed_package()))
@@ -377,7 +382,7 @@ test_that("one host of a kind compiles, and the others get a copy of its package
 test_that("nothing is left of a compilation that is cut off", {
   skip_unless_long()
   skip_without_sshd()
-  ssh <- local_sshd()
+  ssh <- install_sshd()
   library <- new_library()
   # R itself cannot compile in a folder with a quote in its name.
   temporary <- tempfile("temporary-")
