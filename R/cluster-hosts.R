@@ -81,7 +81,7 @@ hostsOf <- function(handle) {
     report$state[!is.na(known$draining) & known$awaited != 1 & report$state == "up"] <- "draining"
     for (name in c("r_version", "platform", "memory", "available")) report[[name]][joined] <- known[[name]][joined]
     report$cores[joined] <- as.integer(known$cores[joined])
-    report$seconds[joined] <- known$up[joined]
+    report$seconds[joined] <- round(known$up[joined], 2)
   }
   if (length(handle$hidden)) report <- report[-handle$hidden, ]
   rownames(report) <- NULL
@@ -105,7 +105,7 @@ hostReport <- function(handle, asked, hosts = seq_along(handle$agents)) {
     host = text("host"), user = text("user"), state = NA_character_, workers = as.integer(asked), up = 0L,
     r_version = known$r_version, platform = known$platform, cores = as.integer(known$cores),
     memory = known$memory, available = known$available,
-    seconds = ifelse(is.na(known$up), known$greeted, known$up), problem = problems,
+    seconds = round(ifelse(is.na(known$up), known$greeted, known$up), 2), problem = problems,
     stringsAsFactors = FALSE
   )
 }

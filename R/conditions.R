@@ -41,6 +41,15 @@ badArgument <- function(argument, ...) {
   abort("bad_argument", "`", argument, "` ", ..., fields = list(argument = argument))
 }
 
+# Evaluates the code. Its errors about `spec` and `cl` become errors about the argument that the user has given.
+asArgument <- function(argument, code) {
+  tryCatch(code, rustcluster_bad_argument = function(e) {
+    part <- sub("^(spec|cl)\\b", "", e$argument)
+    if (part == e$argument) stop(e)
+    badArgument(paste0(argument, part), sub("^`[^`]*` ", "", conditionMessage(e)))
+  })
+}
+
 # Returns the end of the output of a process, indented under its heading.
 tailText <- function(heading, text) {
   text <- sub("[[:space:]]+$", "", if (is.null(text)) "" else text)

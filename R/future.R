@@ -92,14 +92,6 @@ plannedCluster <- function(workers) {
   planned$cl
 }
 
-# Turns errors about `spec` and `cl` into errors about `workers` of the plan.
-asWorkers <- function(code) {
-  tryCatch(code, rustcluster_bad_argument = function(e) {
-    if (!e$argument %in% c("spec", "cl")) stop(e)
-    badArgument("workers", sub("`(spec|cl)` ", "", conditionMessage(e)))
-  })
-}
-
 clusterFor <- function(workers) {
   if (inherits(workers, "cluster")) {
     badArgument("workers", "is not a cluster made by makeRustCluster(); use plan(cluster, workers = ...)")
@@ -111,7 +103,7 @@ clusterFor <- function(workers) {
   plan <- Sys.getenv("R_FUTURE_PLAN", NA)
   Sys.unsetenv("R_FUTURE_PLAN")
   on.exit(if (!is.na(plan)) Sys.setenv(R_FUTURE_PLAN = plan))
-  asWorkers(makeRustCluster(workers, progress = FALSE))
+  asArgument("workers", makeRustCluster(workers, progress = FALSE))
 }
 
 # Open futures, by the ids of their clusters: lists of `record` and `future`. A cancelled future may have been reset

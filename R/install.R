@@ -65,7 +65,7 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
     value <- given[[name]]
     given[[name]] <- if (name == "user") hostName(value, name) else texts(value, name, if (name == "rscript") 1L)
   }
-  hosts <- specHosts(hosts, given)$hosts
+  hosts <- asArgument("hosts", specHosts(hosts, given))$hosts
   launched <- Filter(function(host) !is.null(host$launcher), hosts)
   if (length(launched)) {
     badArgument(
@@ -292,7 +292,7 @@ endInstallation <- function(state, i, answer, problem = NA_character_) {
     state$report[[name]][[i]] <- answer[[name]]
   }
   state$report$problem[[i]] <- problem
-  state$report$seconds[[i]] <- proc.time()[["elapsed"]] - state$began
+  state$report$seconds[[i]] <- round(proc.time()[["elapsed"]] - state$began, 2)
   state$stage[[i]] <- "done"
 }
 

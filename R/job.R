@@ -25,7 +25,7 @@ nativeRanks <- function(cl) {
 #   store: where results are stored, or NULL (run-store.R). Only the tasks in `order` are run then.
 runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "nothing", spread = FALSE,
                    seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, raises = retries == 0,
-                   onResults = NULL, progress = wantsProgress(), what = "task", store = NULL) {
+                   onResults = NULL, progress = wantedProgress(), what = "task", store = NULL) {
   handle <- cl[[1L]][["handle"]]
   if (!is.null(handle$linger)) revive(handle)
   refuseIfBusy(handle, sys.nframe())
@@ -37,7 +37,8 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
   job <- handle$jobs <- handle$jobs + 1
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
-  chunks <- if (progress && identical(fun, lapply)) chunksOfJob()
+  shows <- progress != "nobody"
+  chunks <- if (shows && identical(fun, lapply)) chunksOfJob()
   if (!is.null(chunks) || isNamespaceLoaded("progressr")) receiveReports(handle)
   # Send tasks one by one if a failure must be attributed to one task: with a timeout, or without retries.
   singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !raises)
@@ -46,7 +47,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
     seeded = if (!is.null(seed)) list(runSeeded, list()),
     order = order, singly = singly, timeout = timeout, retries = as.double(retries), raises = raises,
     noun = what,
-    at_once = !singly && is.null(onResults) && !progress && is.null(store)
+    at_once = !singly && is.null(onResults) && !shows && is.null(store)
   )
   waitsOnHosts <- !is.null(store$save) && !savesForHead(store)
   if (!is.null(store)) {
@@ -69,9 +70,9 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
   checked(begun)
   finished <- function() job_progress(handle$pointer)[2:3]
   shown <- if (!is.null(chunks)) {
-    showProgress(elementsProgress(handle, chunks$sizes, finished), sum(chunks$sizes), chunks$what)
-  } else if (progress) {
-    showProgress(finished, n, what)
+    showProgress(elementsProgress(handle, chunks$sizes, finished), sum(chunks$sizes), chunks$what, progress)
+  } else if (shows) {
+    showProgress(finished, n, what, progress)
   }
   repeat {
     unread <- answersRead(handle, repeat {
@@ -114,7 +115,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
 #   retries: NULL for the retries of the cluster.
 #   returns: whether a worker failure never ends the job.
 runFree <- function(cl, n, fun, common, elements, reuse = "nothing", seed = NULL, order = NULL, retries = NULL,
-                    timeout = Inf, returns = FALSE, onResults = NULL, progress = wantsProgress(), what = "task",
+                    timeout = Inf, returns = FALSE, onResults = NULL, progress = wantedProgress(), what = "task",
                     store = NULL) {
   parts <- clustersOf(cl)
   if (length(parts) > 1L) {
@@ -156,7 +157,7 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
     node <- cl[[index]]
     sendTask(node$handle, node$rank, list(type = "EXEC", data = data, tag = NULL))
   }
-  shown <- if (progress) showProgress(function() c(done, sent - done), n, what)
+  shown <- if (progress != "nobody") showProgress(function() c(done, sent - done), n, what, progress)
   for (index in seq_len(min(n, length(cl)))) send(index)
   while (done < n) {
     got <- receiveOfAny(cl, readWithConditions)

@@ -101,7 +101,7 @@
 #' parallel::stopCluster(cl)
 #' @importFrom parallel getDefaultCluster
 #' @export
-clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
+clusterLapply <- function(cl = NULL, X, FUN, ..., .progress,
                           .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL,
                           .onResult = NULL, .errors = c("finish", "stop", "return"), .store = NULL, .collect = TRUE,
                           .reuse = c("all", "same"), .retry_errors = TRUE, .sync = 0.1, .save = c("head", "hosts"),
@@ -115,7 +115,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)
   for (name in c(".timeout", ".retries", ".order", ".seed", ".errors")) assign(name, plain(get(name)))
-  if (!isTRUE(.progress) && !isFALSE(.progress)) badArgument(".progress", "must be TRUE or FALSE")
+  progress <- if (missing(.progress)) wantedProgress() else askedProgress(.progress, ".progress")
   between(.timeout, ".timeout", "a number of seconds", 0.001, 1e9, infinite = TRUE)
   if (length(parts) > 1L && !identical(.timeout, Inf)) {
     badArgument(".timeout", "needs nodes of one cluster; for several clusters, use `timeout` of makeRustCluster()")
@@ -159,7 +159,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   }
   job <- if (is.null(store) || length(store$todo) && !endsAtOnce(store, .errors)) runFree(
     cl, n, FUN, list(...), X, reuse = "function", seed = seed, order = orderOf(.order, store), retries = .retries,
-    timeout = .timeout, returns = .errors == "return", onResults = onResults, progress = .progress, what = "element",
+    timeout = .timeout, returns = .errors == "return", onResults = onResults, progress = progress, what = "element",
     store = store
   )
   if (!is.null(store)) {

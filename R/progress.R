@@ -1,13 +1,20 @@
 # Progress: how jobs show theirs (a bar, lines, or the handlers of progressr), and what tasks report while they run.
 
-# Returns whether a job shows its progress. Without the option, it does if a handler of progressr would show it.
-wantsProgress <- function() {
+# Returns who shows the progress of a job, by the option: "nobody", "anybody", or, without the option, "progressr" if its
+# handlers would show it.
+wantedProgress <- function() {
   wanted <- getOption("rustcluster.progress")
-  if (is.null(wanted)) return(progressrListens())
+  if (is.null(wanted)) return(if (progressrListens()) "progressr" else "nobody")
   if (!isTRUE(wanted) && !isFALSE(wanted)) {
     badArgument("rustcluster.progress", "must be TRUE or FALSE; it is set by options()")
   }
-  wanted
+  if (wanted) "anybody" else "nobody"
+}
+
+# Returns the same for an argument of this name, which has precedence over the option.
+askedProgress <- function(asked, argument) {
+  if (!isTRUE(asked) && !isFALSE(asked)) badArgument(argument, "must be TRUE or FALSE")
+  if (asked) "anybody" else "nobody"
 }
 
 # Returns whether this code is run by progressr::with_progress(), or progressr::handlers(global = TRUE) is set.
@@ -21,12 +28,12 @@ progressrListens <- function() {
 }
 
 # Returns a function that updates what is shown. It ends with the frame of the caller. `progress`: returns the numbers
-# of finished tasks and of busy workers. progressr's handlers have precedence. In a script that has not enabled them
-# they show nothing, and a line is printed if the option asks for progress.
-showProgress <- function(progress, n, what, envir = parent.frame()) {
+# of finished tasks and of busy workers. `by`: "progressr" or "anybody". progressr's handlers have precedence. In a
+# script that has not enabled them they show nothing, and a line is printed instead.
+showProgress <- function(progress, n, what, by, envir = parent.frame()) {
   steps <- if (progressrListens()) progressrSteps(progress, n, envir)
   enabled <- isTRUE(getOption("progressr.enable", interactive()))
-  if (!is.null(steps) && (enabled || !isTRUE(getOption("rustcluster.progress")))) return(steps)
+  if (by == "progressr" || (!is.null(steps) && enabled)) return(steps)
   own <- if (showsBars()) progressBar(progress, n, what, envir)$update else progressLines(progress, n, what)
   function() {
     if (!is.null(steps)) steps()

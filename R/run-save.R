@@ -220,7 +220,7 @@ collectRun <- function(dir, from, save_dir = NULL) {
   store <- openStore(dir, write = TRUE)
   on.exit(closeStore(store))
   if (!inherits(from, "cluster")) {
-    cl <- makeRustCluster(from)
+    cl <- asArgument("from", makeRustCluster(from))
     on.exit(parallel::stopCluster(cl), add = TRUE, after = FALSE)
   } else {
     cl <- from

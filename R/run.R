@@ -92,7 +92,9 @@ newRun <- function(dir) {
     status = function() runStatus(dir, opened),
     results = function(partial = FALSE) runResults(dir, opened, partial),
     errors = function() runErrors(dir, opened),
-    wait = function(timeout = Inf, progress = showsRuns()) runWait(dir, opened, timeout, progress),
+    wait = function(timeout = Inf, progress) {
+      runWait(dir, opened, timeout, if (missing(progress)) wantedOfRun() else askedProgress(progress, "progress"))
+    },
     cancel = function(timeout = 30) runCancel(dir, opened, timeout),
     resume = function(spec = NULL, packages = NULL, cluster = NULL, .wait = 10) {
       invisible(runResume(dir, opened, spec, packages, cluster, .wait, !missing(spec)))
@@ -297,13 +299,15 @@ messageOf <- function(condition) {
   if (nzchar(text)) text else class(condition)[[1L]]
 }
 
-# Returns whether the progress of a run is shown unless the caller says otherwise.
-showsRuns <- function() wantsProgress() || (interactive() && is.null(getOption("rustcluster.progress")))
+# Returns who shows the progress of a run unless the caller says otherwise.
+wantedOfRun <- function() {
+  if (interactive() && is.null(getOption("rustcluster.progress"))) "anybody" else wantedProgress()
+}
 
 runWait <- function(dir, opened, timeout, progress) {
   timeout <- plain(timeout)
   between(timeout, "timeout", "a number of seconds", 0, 1e9, infinite = TRUE)
-  if (!isTRUE(progress) && !isFALSE(progress)) badArgument("progress", "must be TRUE or FALSE")
+  shows <- progress != "nobody"
   status <- runStatus(dir, opened)
   deadline <- proc.time()[["elapsed"]] + timeout
   finished <- function() c(status$done + status$failed, c(status$busy[!is.na(status$busy)], 0)[[1L]])
@@ -315,10 +319,10 @@ runWait <- function(dir, opened, timeout, progress) {
     Sys.sleep(min(pause, left))
     # A short run is seen to end at once, and a long one costs little.
     pause <- min(pause * 1.2, 1)
-    status <- if (progress) runStatus(dir, opened) else runnerState(dir)
+    status <- if (shows) runStatus(dir, opened) else runnerState(dir)
     # A run that has just been started does not know yet what it has to compute.
-    if (progress && is.null(shown) && isTRUE(status$total > 0)) {
-      shown <- showProgress(finished, status$total, "element", environment())
+    if (shows && is.null(shown) && isTRUE(status$total > 0)) {
+      shown <- showProgress(finished, status$total, "element", progress)
     }
     if (!is.null(shown)) shown()
   }

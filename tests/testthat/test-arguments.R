@@ -394,7 +394,7 @@ test_that("any invalid value of an argument of other functions is a classed erro
   of(clusterSubmit, ".envir", "environment", cl = cl, expr = 1)
   of(clusterStatus, "memory", "true", cl = cl)
   of(clusterStatus, "timeout", c("zero", "half"), cl = cl)
-  of(installOnHosts, "hosts", c(texts, "half", "numbers", "matrix", "hostile_number"), named = "spec")
+  of(installOnHosts, "hosts", c(texts, "half", "numbers", "matrix", "hostile_number"))
   of(installOnHosts, "user", "text", hosts = "localhost")
   of(installOnHosts, "rscript", c("text", "hostile_text"), hosts = "localhost")
   for (argument in c("rshcmd", "rshopts", "rlibs")) {

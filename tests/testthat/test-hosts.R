@@ -107,7 +107,7 @@ test_that("an invalid host name is refused before anything is started", {
     )) {
       error <- caught(eval(call))
       expect_rust_error(error, "bad_argument")
-      expect_match(error$argument, "^spec")
+      expect_match(error$argument, if (identical(call[[1L]], quote(installOnHosts))) "^hosts" else "^spec")
     }
   }
   expect_snapshot({

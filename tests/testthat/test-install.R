@@ -73,8 +73,9 @@ test_that("an invalid argument is an error that names it", {
     expect_rust_error(error, "bad_argument")
     expect_identical(error$argument, argument)
   }
-  expect_bad("spec", list())
-  expect_bad("spec", "-oProxyCommand=x")
+  expect_bad("hosts", list())
+  expect_bad("hosts", NULL)
+  expect_bad("hosts", "-oProxyCommand=x")
   expect_bad("usr", "h1", usr = "me")
   expect_bad("...", "h1", "me")
   expect_bad("rlibs", "h1", rlibs = character())
