@@ -1,7 +1,7 @@
 # Progress: how jobs show theirs (a bar, lines, or the handlers of progressr), and what tasks report while they run.
 
-# Returns who shows the progress of a job, by the option: "nobody", "anybody", or, without the option, "progressr" if its
-# handlers would show it.
+# Returns who shows the progress of a job, by the option: "nobody", "anybody", or, without the option, "progressr" if
+# its handlers would show it.
 wantedProgress <- function() {
   wanted <- getOption("rustcluster.progress")
   if (is.null(wanted)) return(if (progressrListens()) "progressr" else "nobody")

@@ -66,7 +66,8 @@ descendants <- function(pid = Sys.getpid()) {
   found <- integer()
   layer <- as.integer(pid)
   repeat {
-    layer <- setdiff(pids[parents %in% layer], found)
+    # Those of processes that have just ended are NA, as is the pid of a runner that has not started yet.
+    layer <- setdiff(pids[!is.na(parents) & parents %in% layer], found)
     if (length(layer) == 0L) {
       return(sort(found))
     }
