@@ -56,7 +56,9 @@ addWorkers <- function(cl, spec, wait = "all", setup_timeout = 120) {
   needed <- neededWorkers(wait, asked$workers, spare)
   if (!is.null(handle$linger)) checkLinger(asked, length(handle$dial$launchers), "spec")
 
-  if (isTRUE(settings$install)) installMissing(asked$hosts, setup_timeout, settings$progress, settings$tolerant)
+  if (isTRUE(settings$install)) {
+    asked$problems <- installMissing(asked$hosts, setup_timeout, settings$progress, settings$tolerant)
+  }
 
   launches <- lapply(asked$hosts, hostLaunch, settings$options)
   deadline <- proc.time()[["elapsed"]] + setup_timeout

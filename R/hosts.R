@@ -3,10 +3,11 @@
 hostSettings <- c("host", "user", "ncore", "port", "rscript", "rlibs", "rshcmd", "rshopts",
                   "rscript_envs", "threads", "renice", "start_method")
 
-# Returns a list of `hosts`, each a list of settings with an agent of its own, and, in the order of `spec`, `owner` (the
-# index of the host of an entry) and `workers` (NA for all usable cores). `launchers`: those of batch engines. The
-# setting `local` is TRUE for a host that needs no ssh: it is this machine, and `spec` sets neither another user nor a
-# port or an ssh command. `before`: the number of launchers that the cluster has already.
+# Returns a list of `hosts`, each a list of settings with an agent of its own; in the order of `spec`, `owner` (the
+# index of the host of an entry) and `workers` (NA for all usable cores); `launchers`, those of batch engines; and
+# `problems`, why hosts cannot be used: NA until more is known (installMissing()). The setting `local` is TRUE for a
+# host that needs no ssh: it is this machine, and `spec` sets neither another user nor a port or an ssh command.
+# `before`: the number of launchers that the cluster has already.
 specHosts <- function(spec, defaults = list(), before = 0L) {
   entries <- specEntries(spec)
   launchers <- batchLaunchers(entries)
@@ -33,7 +34,8 @@ specHosts <- function(spec, defaults = list(), before = 0L) {
     paste(deparse(host[order(names(host))]), collapse = "")
   }, "")
   list(
-    hosts = hosts[!duplicated(keys)], owner = match(keys, unique(keys)), workers = workers, launchers = launchers
+    hosts = hosts[!duplicated(keys)], owner = match(keys, unique(keys)), workers = workers, launchers = launchers,
+    problems = rep(NA_character_, length(unique(keys)))
   )
 }
 

@@ -73,7 +73,7 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
       "runs R, as in the image of a container"
     )
   }
-  report <- installOn(connections(hosts), timeout = timeout, progress = progress)
+  report <- installOn(unique(connections(hosts)), timeout = timeout, progress = progress)
   refuseFailed(report)
   invisible(report)
 }
@@ -81,7 +81,7 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
 # Returns the hosts without the settings of workers: entries that differ in them alone are the same host.
 connections <- function(hosts) {
   settings <- c("host", "user", "port", "local", "rshcmd", "rshopts", "rscript", "rlibs", "rscript_envs")
-  unique(lapply(hosts, function(host) host[intersect(settings, names(host))]))
+  lapply(hosts, function(host) host[intersect(settings, names(host))])
 }
 
 refuseFailed <- function(report) {
@@ -375,26 +375,27 @@ showInstalled <- function(row) {
 # Installing before a start -----------------------------------------------------------------------------
 
 # Installs on those hosts of ssh that do not have this build, for `install = TRUE`. Asks first in an interactive
-# session. With `tolerant`, the start goes on with the other hosts.
+# session. With `tolerant`, the start goes on with the other hosts, and tells what the problem of a host is. Returns the
+# problems of all hosts, NA for none.
 installMissing <- function(hosts, timeout, progress, tolerant) {
-  reached <- Filter(function(host) !host$local && is.null(host$launcher) && is.null(host$dial), hosts)
-  if (!length(reached)) return(invisible())
-  targets <- connections(reached)
+  problems <- rep(NA_character_, length(hosts))
+  reached <- which(vapply(hosts, function(host) !host$local && is.null(host$launcher) && is.null(host$dial), NA))
+  if (!length(reached)) return(problems)
+  reachedBy <- connections(hosts[reached])
+  targets <- unique(reachedBy)
   report <- installOn(targets, "check", timeout)
   # The start would fail for the same reasons.
   if (!tolerant) refuseFailed(report)
   missing <- which(report$how %in% "missing")
-  if (!length(missing)) return(invisible())
+  if (!length(missing)) return(problems)
   if (interactive()) askToInstall(report[missing, ])
   report <- installOn(targets[missing], progress = progress)
-  if (!tolerant) return(refuseFailed(report))
-  failed <- which(!is.na(report$problem))
-  if (length(failed)) {
-    warning(rustclusterCondition(
-      "host_left_out", paste0("rustcluster could not be installed: ", failedHosts(report, failed)),
-      host = report$host[failed], report = report, type = "warning"
-    ))
-  }
+  if (!tolerant) refuseFailed(report)
+  report$problem[!is.na(report$problem)] <- paste0(
+    "rustcluster could not be installed: ", report$problem[!is.na(report$problem)]
+  )
+  problems[reached] <- report$problem[match(reachedBy, targets[missing])]
+  problems
 }
 
 # Asks whether to install on the hosts of a report. Any answer but yes is an error: it may be the next line of a script.

@@ -226,7 +226,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   }
   needed <- neededWorkers(wait, asked$workers, isSpare(asked$hosts, asked$launchers)[asked$owner])
 
-  if (install) installMissing(asked$hosts, options$setup_timeout, progress, tolerant)
+  if (install) asked$problems <- installMissing(asked$hosts, options$setup_timeout, progress, tolerant)
 
   launches <- lapply(asked$hosts, hostLaunch, options)
   pointer <- checked(hub_start(

@@ -118,6 +118,8 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
     late <- proc.time()[["elapsed"]] > deadline
     if (progress || done || late || is.finite(needed)) {
       report <- hostReport(handle, workers, new)
+      left <- !is.na(report$problem) & !is.na(asked$problems)
+      report$problem[left] <- asked$problems[left]
       known <- !is.na(report$r_version) | !is.na(report$problem)
       if (progress) for (i in which(known & !shown)) showHost(report, i)
       shown <- known

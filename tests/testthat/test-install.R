@@ -336,6 +336,19 @@ test_that("a start with `install = TRUE` installs what is missing", {
   error <- caught(makeRustCluster(wrong, rshcmd = ssh$rshcmd, install = TRUE))
   expect_rust_error(error, "install_failed")
   expect_identical(error$host, "127.0.0.2")
+  warned <- list()
+  cl <- withCallingHandlers(
+    local_cluster(wrong, rshcmd = ssh$rshcmd, install = TRUE, on_failure = "warn"),
+    warning = function(w) {
+      warned[[length(warned) + 1L]] <<- w
+      invokeRestart("muffleWarning")
+    }
+  )
+  expect_length(cl, 1L)
+  expect_length(warned, 1L)
+  expect_identical(warned[[1L]]$host, "127.0.0.2")
+  expect_match(conditionMessage(warned[[1L]]), "rustcluster could not be installed: .*/proc/nowhere cannot be created")
+  expect_match(clusterHosts(cl)$problem[[1L]], "/proc/nowhere cannot be created")
 })
 
 test_that("an interactive session asks before it installs", {
