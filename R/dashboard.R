@@ -21,7 +21,9 @@
 #' Memory of workers is measured every 10 to 60 seconds while a page is open, because measuring takes their hosts some
 #' 0.3 ms for each worker.
 #'
-#' @param cl A cluster made by [makeRustCluster()], or a part of one: the page shows the whole cluster.
+#' @param cl A cluster made by [makeRustCluster()], or a part of one: the page shows the whole cluster. Or a run that is
+#'   being computed on this machine, as [startRun()] and [openRun()] return it: the page shows the cluster of its
+#'   runner.
 #' @param browse (logical) Whether to show the page in the viewer of the front end, or else in the browser
 #'   ([utils::browseURL()]). `FALSE`: only return its address.
 #' @param host (character) The address or name of this machine at which the page can be reached. With an address that
@@ -32,9 +34,9 @@
 #'   same address, unless `host` or `port` is another one: the page then moves, and its old address does not work any
 #'   more.
 #' @section Errors:
-#' `rustcluster_bad_argument`, `rustcluster_stopped`, `rustcluster_forked`, `rustcluster_restored`;
-#' `rustcluster_dashboard_failed`: the port is not free, or the address is none of this machine's. Warning:
-#' `rustcluster_dashboard_exposed`.
+#' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`; `rustcluster_stopped`, also for a run that
+#' has ended; `rustcluster_dashboard_failed`: the port is not free, the address is none of this machine's, or the runner
+#' of a run does not answer. Warning: `rustcluster_dashboard_exposed`.
 #' @seealso [clusterTop()] for the same in a terminal, [clusterStatus()], [clusterTimeline()]
 #' @examples
 #' cl <- makeRustCluster(2)
@@ -42,7 +44,7 @@
 #' parallel::stopCluster(cl)
 #' @export
 clusterDashboard <- function(cl, browse = interactive(), host = "127.0.0.1", port = 0) {
-  handle <- clusterHandle(cl)
+  handle <- if (!isRunObject(cl)) clusterHandle(cl)
   if (!isTRUE(browse) && !isFALSE(browse)) badArgument("browse", "must be TRUE or FALSE")
   host <- plain(host)
   if (!is.character(host) || length(host) != 1L || !isTRUE(grepl("^[]A-Za-z0-9_.:[-]+$", host))) {
@@ -51,20 +53,59 @@ clusterDashboard <- function(cl, browse = interactive(), host = "127.0.0.1", por
   port <- plain(port)
   between(port, "port", "a port, or 0 for any free one", 0, 65535)
   if (port != round(port)) badArgument("port", "must be a whole number")
-  if (isTRUE(handle$stopped)) raiseFailure(rustFailure("stopped"), handle)
+  if (is.null(handle)) {
+    shown <- pageOfRun(cl, host, port)
+    allow <- function(name) askRunner(cl, list(what = "allow", name = name))
+  } else {
+    if (isTRUE(handle$stopped)) raiseFailure(rustFailure("stopped"), handle)
+    shown <- pageOf(handle, host, port)
+    allow <- function(name) allowPage(handle, name)
+  }
+  address <- throughProxy(shown$local, allow)
+  if (!browse) return(address)
+  showPage(shown$local, address)
+  invisible(address)
+}
+
+# Returns the page of a cluster: a list of `host`, `port` and its address on this machine (`local`).
+pageOf <- function(handle, host, port) {
   shown <- handle$dashboard
   if (is.null(shown) || shown$host != host || !port %in% c(0, shown$port)) {
     shown <- openDashboard(handle, host, as.integer(port))
   }
   reportJobs(handle, now = TRUE)
-  if (!browse) return(shown$address)
-  viewer <- getOption("viewer")
-  # RStudio's viewer finds the way to a local address by itself.
-  if (is.function(viewer)) viewer(shown$local) else utils::browseURL(shown$address)
-  invisible(shown$address)
+  shown
 }
 
-# Returns a list of the address (`address`, and `local` without a proxy) and of what was asked for.
+# Returns the page of the cluster of a run, which its runner serves.
+pageOfRun <- function(run, host, port) {
+  where <- runnerState(run$dir)$host
+  if (host %in% c("127.0.0.1", "localhost", "::1", "[::1]") && !is.na(where) && where != thisHost()) {
+    badArgument(
+      "cl", "is a run on the machine ", sQuote(where), ": call clusterDashboard() there, or give an address of that ",
+      "machine as `host`"
+    )
+  }
+  answer <- askRunner(run, list(what = "dashboard", host = host, port = port))
+  if (!is.null(answer$warned)) warning(answer$warned)
+  answer$shown
+}
+
+# Shows the page in the viewer, or else in a browser. A session over ssh may have no browser: the address is printed.
+showPage <- function(local, address) {
+  viewer <- getOption("viewer")
+  # RStudio's viewer finds the way to a local address by itself.
+  show <- if (is.function(viewer)) function() viewer(local) else {
+    message("The dashboard is at ", address)
+    function() utils::browseURL(address)
+  }
+  tryCatch(show(), error = function(e) {
+    what <- if (is.function(viewer)) paste("The dashboard is at", address, "- its viewer") else "The browser"
+    message(what, " could not be started: ", conditionMessage(e))
+  })
+}
+
+# Opens the page of a cluster: see pageOf().
 openDashboard <- function(handle, host, port) {
   own <- Sys.info()[["nodename"]]
   opened <- hub_dashboard_open(handle$pointer, host, port, own)
@@ -78,7 +119,7 @@ openDashboard <- function(handle, host, port) {
   name <- if (host %in% c("0.0.0.0", "::", "[::]")) own else host
   if (grepl(":", name, fixed = TRUE) && !startsWith(name, "[")) name <- paste0("[", name, "]")
   local <- paste0("http://", name, ":", opened$port, "/", opened$token, "/")
-  shown <- list(host = host, port = opened$port, local = local, address = throughProxy(handle, local))
+  shown <- list(host = host, port = opened$port, local = local)
   handle$dashboard <- shown
   if (!opened$loopback) {
     warning(rustclusterCondition(
@@ -92,17 +133,20 @@ openDashboard <- function(handle, host, port) {
   shown
 }
 
-# Returns the address at which a browser reaches the page: RStudio Server passes requests on.
-throughProxy <- function(handle, address) {
+# Returns the address at which a browser reaches the page: RStudio Server passes requests on. `allow`: a function that
+# allows requests under another name of the host.
+throughProxy <- function(address, allow) {
   is_server <- identical(Sys.getenv("RSTUDIO_PROGRAM_MODE"), "server")
   if (!is_server || !requireNamespace("rstudioapi", quietly = TRUE)) return(address)
   translated <- tryCatch(rstudioapi::translateLocalUrl(address, absolute = TRUE), error = function(e) NULL)
   if (!is.character(translated) || length(translated) != 1L || !isTRUE(startsWith(translated, "http"))) return(address)
   # The proxy may pass on the name by which the browser knows it.
   name <- sub("^https?://(\\[[^]]*\\]|[^/:]*).*$", "\\1", translated)
-  checked(hub_dashboard_allow(handle$pointer, gsub("[][]", "", name)), handle)
+  allow(gsub("[][]", "", name))
   translated
 }
+
+allowPage <- function(handle, name) checked(hub_dashboard_allow(handle$pointer, name), handle)
 
 # Tells the hub what the engine says of batch jobs, while a page is open. Never waits for the engine.
 reportJobs <- function(handle, now = FALSE) {

@@ -65,12 +65,15 @@ slowToEnd <- function(events, handle) {
   ranks <- sort(vapply(slow, `[[`, 0L, "rank"))
   lapply(unname(split(ranks, handle$owner[ranks])), function(ranks) {
     one <- length(ranks) == 1L
+    # R cuts the message of a warning that nobody handles.
+    named <- if (length(ranks) > 20L) paste0(length(ranks), " workers") else {
+      paste(if (one) "worker" else "workers", paste(ranks, collapse = ", "))
+    }
     host <- handle$hosts[[ranks[[1L]]]]
     rustclusterCondition(
       "stop_timeout", paste0(
-        if (one) "worker " else "workers ", paste(ranks, collapse = ", "), " on host ", sQuote(host), " did not ",
-        "end within ", format(handle$stopTimeout), " s of `stopCluster()` and ", if (one) "was" else "were",
-        " killed before exit handlers (`.Last()`, `reg.finalizer(onexit = TRUE)`) had finished; ",
+        named, " on host ", sQuote(host), " did not end within ", format(handle$stopTimeout),
+        " s of `stopCluster()` and ", if (one) "was" else "were", " killed before exit handlers (`.Last()`, `reg.finalizer(onexit = TRUE)`) had finished; ",
         "increase `stop_timeout`"
       ),
       rank = ranks, host = host, type = "warning"

@@ -408,6 +408,10 @@ hub_losses <- function(handle) .Call(wrap__hub_losses, handle)
 #' @noRd
 hub_losses_acknowledge <- function(handle, count) .Call(wrap__hub_losses_acknowledge, handle, count)
 
+#' Sets the number of elements of chunks that are finished, for pages.
+#' @noRd
+job_count_elements <- function(handle, finished) .Call(wrap__job_count_elements, handle, finished)
+
 #' Starts a job. `ranks`: the ranks of the nodes, from 1. `common`: a list of the function and of a list of
 #' arguments that all tasks have. `elements`: a vector without a class, or a function of the index of an
 #' element.
@@ -424,6 +428,8 @@ hub_losses_acknowledge <- function(handle, count) .Call(wrap__hub_losses_acknowl
 #' * `timeout`: the time limit of a task in seconds.
 #' * `retries`, `raises`: see [`Policy`].
 #' * `noun`: the name of a task in warnings.
+#' * `part`, `parts`: what an element of a chunk is called, and the number of all, if they are counted
+#'   (job_count_elements()).
 #' * `store`, `ids`, `keep`: see storing() of store.rs.
 #' * `total`: the number of results, if it is not that of the tasks; `order` then has the index of each task.
 #' * `at_once`: whether to run the first step at once, if there are no more tasks than nodes.

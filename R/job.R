@@ -38,7 +38,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
   shows <- progress != "nobody"
-  chunks <- if (shows && identical(fun, lapply)) chunksOfJob()
+  chunks <- if (identical(fun, lapply) && (shows || isTRUE(hub_watched(handle$pointer)))) chunksOfJob()
   if (!is.null(chunks) || isNamespaceLoaded("progressr")) receiveReports(handle)
   # Send tasks one by one if a failure must be attributed to one task: with a timeout, or without retries.
   singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !raises)
@@ -47,7 +47,8 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
     seeded = if (!is.null(seed)) list(runSeeded, list()),
     order = order, singly = singly, timeout = timeout, retries = as.double(retries), raises = raises,
     noun = what,
-    at_once = !singly && is.null(onResults) && !shows && is.null(store)
+    part = chunks$what, parts = as.double(sum(chunks$sizes)),
+    at_once = !singly && is.null(onResults) && !shows && is.null(chunks) && is.null(store)
   )
   waitsOnHosts <- !is.null(store$save) && !savesForHead(store)
   if (!is.null(store)) {
@@ -69,10 +70,10 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
   if (isFailure(begun)) handleFailed(begun, handle)
   checked(begun)
   finished <- function() job_progress(handle$pointer)[2:3]
-  shown <- if (!is.null(chunks)) {
-    showProgress(elementsProgress(handle, chunks$sizes, finished), sum(chunks$sizes), chunks$what, progress)
-  } else if (shows) {
-    showProgress(finished, n, what, progress)
+  counted <- if (is.null(chunks)) finished else elementsProgress(handle, chunks$sizes, finished)
+  shown <- if (shows) {
+    if (is.null(chunks)) showProgress(finished, n, what, progress)
+    else showProgress(counted, sum(chunks$sizes), chunks$what, progress)
   }
   repeat {
     unread <- answersRead(handle, repeat {
@@ -86,6 +87,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
         unwound(step)
       }
       showEvents(handle)
+      if (!is.null(chunks)) job_count_elements(handle$pointer, counted()[[1L]])
       if (!is.null(shown)) shown()
       if (waitsOnHosts) showTrouble(store)
       if (!is.null(onResults)) {

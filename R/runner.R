@@ -229,6 +229,7 @@ runnerTick <- function() {
   tick <- runner$tick
   runner$tick <- NULL
   on.exit(runner$tick <- tick)
+  answerQuestions(cl)
   if (now >= runner$stateDue) {
     runner$stateDue <- now + min(30, max(1, age / 50))
     states <- clusterStatus(cl, memory = FALSE)$state

@@ -9,10 +9,12 @@
 #' The failures are those of workers and hosts, tasks that exceeded their time limit, and errors of elements of calls
 #' that wait for their results. The error of a call of [clusterSubmit()] or [clusterLapplyAsync()] is in its object.
 #'
-#' This function occupies the session: use it while calls of [clusterSubmit()] or [clusterLapplyAsync()] run, and
-#' [clusterDashboard()] to watch `parLapply()` and other functions that wait for their results.
+#' This function occupies the session: use it for runs ([startRun()]) and while calls of [clusterSubmit()] or
+#' [clusterLapplyAsync()] run, and [clusterDashboard()] to watch `parLapply()` and other functions that wait for their results.
 #'
-#' @param cl A cluster made by [makeRustCluster()], or a part of one: the text shows the whole cluster.
+#' @param cl A cluster made by [makeRustCluster()], or a part of one: the text shows the whole cluster. Or a run that is
+#'   being computed, as [startRun()] and [openRun()] return it: the text shows the cluster of its runner, and is
+#'   refreshed until the run ends.
 #' @param interval (number) Seconds between two refreshes, at least 0.1.
 #' @return `cl`, invisibly.
 #' @section Errors:
@@ -25,14 +27,15 @@
 #' parallel::stopCluster(cl)
 #' @export
 clusterTop <- function(cl, interval = 1) {
-  handle <- clusterHandle(cl)
+  handle <- if (!isRunObject(cl)) clusterHandle(cl)
   between(interval, "interval", "a number of seconds", 0.1, 1e6)
   if (isTRUE(handle$stopped)) raiseFailure(rustFailure("stopped"), handle)
+  figures <- function() if (is.null(handle)) askRunner(cl, list(what = "figures")) else topFigures(handle)
   if (!interactive() || !isatty(stdout()) || sink.number() || !cli::has_keypress_support()) {
-    cat(topLines(topFigures(handle)), sep = "\n")
+    cat(topLines(figures()), sep = "\n")
     return(invisible(cl))
   }
-  lines <- refreshTop(handle, plain(interval))
+  lines <- refreshTop(figures, plain(interval))
   # What was shown last stays on the terminal.
   cat(lines, sep = "\n")
   invisible(cl)
@@ -40,13 +43,13 @@ clusterTop <- function(cl, interval = 1) {
 
 topFigures <- function(handle) checked(hub_figures(handle$pointer), handle)
 
-# Shows the figures on the terminal's other screen until a key is pressed. Returns the last lines.
-refreshTop <- function(handle, interval) {
+# Shows the figures on the terminal's other screen until a key is pressed, or the run ends. Returns the last lines.
+refreshTop <- function(ask, interval) {
+  figures <- ask()
   cat("\033[?1049h\033[?25l")
   on.exit(cat("\033[?25h\033[?1049l"))
   before <- NULL
   repeat {
-    figures <- topFigures(handle)
     lines <- topLines(figures, before)
     height <- as.integer(Sys.getenv("LINES", "0"))
     if (is.na(height) || height < 10L) height <- 40L
@@ -56,12 +59,16 @@ refreshTop <- function(handle, interval) {
     utils::flush.console()
     until <- proc.time()[["elapsed"]] + interval
     while (proc.time()[["elapsed"]] < until) {
-      if (!is.na(cli::keypress(block = FALSE))) return(lines)
+      if (keyPressed()) return(lines)
       Sys.sleep(0.05)
     }
     before <- figures
+    figures <- tryCatch(ask(), rustcluster_stopped = function(e) e)
+    if (inherits(figures, "error")) return(c(lines, "", conditionMessage(figures)))
   }
 }
+
+keyPressed <- function() !is.na(cli::keypress(block = FALSE))
 
 # Returns the lines to show. `before`: the figures of the last time, for rates, or NULL.
 topLines <- function(figures, before = NULL, width = cli::console_width()) {
@@ -106,8 +113,11 @@ topStatus <- function(figures) {
 
 topJob <- function(figures, before, width) {
   job <- figures$job
-  # Calls of clusterSubmit() are counted below.
-  if (is.null(job)) return(if (figures$done + figures$waiting + figures$running == 0) "nothing has run yet")
+  if (is.null(job) || job$ended) {
+    calls <- topCalls(figures, before)
+    if (!is.null(calls)) return(calls)
+  }
+  if (is.null(job)) return(if (figures$done == 0) "nothing has run yet")
   rate <- if (job$seconds > 0) job$done / job$seconds else 0
   last <- before$job
   if (!is.null(last) && !job$ended && job$seconds > last$seconds && job$done > last$done &&
@@ -123,12 +133,25 @@ topJob <- function(figures, before, width) {
   full <- floor(cells * part)
   c(
     paste0(
-      "[", strrep("#", full), strrep("-", cells - full), "] ", formatCount(job$done), " of ",
+      if (job$ended) "last call: ", "[", strrep("#", full), strrep("-", cells - full), "] ", formatCount(job$done), " of ",
       counted(job$tasks, job$noun), sprintf(" (%.0f %%)", floor(100 * part)), ", ",
       if (rate > 0) paste0(format(rate, digits = 3L), "/s, "), left
     ),
     if (!is.null(job$store) && !is.na(job$store)) paste0("stored in ", printable(job$store))
   )
+}
+
+# Returns the progress of the calls of clusterSubmit(), clusterLapplyAsync() and futures, or NULL. How many will follow
+# is not known.
+topCalls <- function(figures, before) {
+  if (figures$waiting + figures$running == 0) return(NULL)
+  seconds <- if (!is.null(before)) figures$now - before$now
+  rate <- if (isTRUE(seconds > 0)) (figures$done - before$done) / seconds
+  left <- if (isTRUE(rate > 0)) {
+    paste0(", ", format(rate, digits = 3L), "/s, ", formatSeconds((figures$waiting + figures$running) / rate), " left")
+  }
+  waiting <- if (figures$waiting) paste0(", ", formatCount(figures$waiting), " waiting for a worker")
+  paste0(counted(figures$running, "call"), " running", waiting, left)
 }
 
 topTotals <- function(figures, before) {

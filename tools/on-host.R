@@ -121,6 +121,13 @@ choose_library <- function(given, paths = .libPaths()) {
   if (length(hides)) hides[[1]] else user
 }
 
+# Creates a directory and those above it. The recursive dir.create() does not say why one above it cannot be created.
+make_directories <- function(path) {
+  if (dir.exists(path)) return(TRUE)
+  if (!make_directories(dirname(path))) return(FALSE)
+  dir.create(path, FALSE) || dir.exists(path) || dir.create(path)
+}
+
 make_library <- function(library) {
   # R takes these characters in R_LIBS for wildcards or separators.
   if (grepl("[][*?:\\\\]", library)) {
@@ -128,7 +135,7 @@ make_library <- function(library) {
             "): give another one as `rlibs`")
   }
   if (!dir.exists(library)) {
-    made <- tried(dir.create(library, recursive = TRUE))
+    made <- tried(make_directories(library))
     # Another installation may have been faster.
     if (!dir.exists(library)) check_written(made, paste("the library", library), "cannot be created")
   }

@@ -98,6 +98,41 @@ test_that("figures are live while R is busy", {
   expect_no_match(body, "\"lanes\"")
 })
 
+test_that("elements of chunks count while a page is open", {
+  cl <- local_cluster(2)
+  address <- clusterDashboard(cl, browse = FALSE)
+  child <- start_child({
+    done <- "\"noun\":\"element\",\"tasks\":400,\"done\":[1-9][0-9]*,\"failed\":0,\"seconds\":[0-9.]+,\"ended\":false"
+    repeat {
+      body <- http_get(address, "figures")$body
+      say("watches")
+      if (grepl(done, body)) break
+      Sys.sleep(0.05)
+    }
+    say("body", body)
+  }, list(http_get = http_get, address = address), attach = FALSE)
+  said <- file.path(child$dir, "said")
+  child_wait_for(child, "watches")
+  # Each chunk goes on until the child has seen it.
+  work <- function(i, said) {
+    if (any(startsWith(readLines(said, warn = FALSE), "body"))) return(i)
+    Sys.sleep(0.05)
+    i
+  }
+  environment(work) <- globalenv()
+  long <- function(i, said) {
+    while (i %% 200 == 0 && !any(startsWith(readLines(said, warn = FALSE), "body"))) Sys.sleep(0.05)
+    work(i, said)
+  }
+  environment(long) <- list2env(list(work = work), parent = globalenv())
+  expect_identical(parallel::parLapply(cl, 1:400, long, said), as.list(1:400))
+  child_wait_for(child, "body")
+  expect_match(figures_of(address), "\"noun\":\"element\",\"tasks\":400,\"done\":400,")
+  # What cannot be counted is a chunk.
+  expect_identical(parRapply(cl, matrix(1:6, 3), sum), c(5L, 7L, 9L))
+  expect_match(figures_of(address), "\"noun\":\"task\",\"tasks\":2,\"done\":2,")
+})
+
 test_that("a worker failure is shown at once, with its output", {
   cl <- local_cluster(2)
   address <- clusterDashboard(cl, browse = FALSE)
@@ -293,8 +328,13 @@ test_that("a viewer is preferred to the browser", {
   address <- expect_invisible(clusterDashboard(cl, browse = TRUE))
   expect_identical(shown, list(viewer = address))
   options(viewer = NULL)
-  expect_invisible(clusterDashboard(cl, browse = TRUE))
+  expect_message(clusterDashboard(cl, browse = TRUE), address, fixed = TRUE)
   expect_identical(shown, list(viewer = address, browser = address))
+  # A session over ssh may have none of them.
+  options(browser = "")
+  expect_message(expect_message(clusterDashboard(cl, browse = TRUE), address, fixed = TRUE), "browser could not be started")
+  options(viewer = function(url) stop("no display"))
+  expect_message(expect_identical(clusterDashboard(cl, browse = TRUE), address), paste0(address, ".*no display"))
 })
 
 test_that("bad arguments are named", {
@@ -331,8 +371,88 @@ test_that("clusterTop() prints the figures once where there is no terminal", {
   expect_match(text, "4 of 4 elements (100 %), ", fixed = TRUE)
   expect_match(text, "done in [0-9.]+ s")
   expect_match(text, "workers: 0 busy, ", fixed = TRUE)
+  expect_match(text, "last call: [", fixed = TRUE)
   expect_match(text, "error, worker [12], [^\n]* ago: [^\n]*no convergence")
   expect_match(text, "worker, worker [12], [^\n]* ago: was killed by signal 9")
+})
+
+test_that("clusterTop() shows the calls that run, and not the one before them", {
+  cl <- local_cluster(2)
+  gate <- tempfile("gate-")
+  on.exit(unlink(gate), add = TRUE, after = FALSE)
+  clusterLapply(cl, 1:10, identity)
+  job <- clusterLapplyAsync(cl, 1:5, function(i, gate) while (!file.exists(gate)) Sys.sleep(0.01), gate)
+  text <- cli::ansi_strip(capture.output(clusterTop(cl)))
+  expect_match(text, "^[1-5] calls? running", all = FALSE)
+  expect_no_match(text, "10 elements")
+  file.create(gate)
+  job$value()
+  expect_match(cli::ansi_strip(capture.output(clusterTop(cl))), "last call: .* 10 of 10 elements", all = FALSE)
+})
+
+test_that("a run shows the cluster of its runner", {
+  dir <- tempfile("run-", dirname(tempdir()))
+  gate <- tempfile("gate-")
+  on.exit({
+    try(openRun(dir)$cancel(), silent = TRUE)
+    unlink(c(dir, gate), recursive = TRUE)
+  }, add = TRUE, after = FALSE)
+  run <- startRun(dir, 1:4, function(i) {
+    while (!file.exists(gate)) Sys.sleep(0.02)
+    i
+  }, spec = 2, .wait = 0)
+  # The question waits until the cluster is there.
+  address <- expect_visible(clusterDashboard(run, browse = FALSE))
+  expect_identical(clusterDashboard(openRun(dir), browse = FALSE), address)
+  expect_true(wait_until(function() grepl("\"states\":\"bb\"", figures_of(address), fixed = TRUE)))
+  body <- figures_of(address)
+  expect_match(body, "\"noun\":\"element\",\"tasks\":4,\"done\":0,", fixed = TRUE)
+  expect_match(body, basename(dir), fixed = TRUE)
+  expect_match(capture.output(clusterTop(run)), "2 of 2 workers busy", all = FALSE)
+  expect_warning(
+    moved <- clusterDashboard(run, browse = FALSE, host = "0.0.0.0"), class = "rustcluster_dashboard_exposed"
+  )
+  expect_true(is_listening(sub("//[^:]*:", "//127.0.0.1:", moved)))
+  taken <- free_port()
+  listener <- serverSocket(taken)
+  on.exit(close(listener), add = TRUE, after = FALSE)
+  expect_error(
+    clusterDashboard(run, browse = FALSE, port = taken), paste("port", taken), class = "rustcluster_dashboard_failed"
+  )
+  asked <- file.path(dir, "runner", "asked")
+  expect_identical(list.files(asked), character())
+  expect_identical(file.mode(file.path(dir, "runner")), as.octmode("700"))
+  file.create(gate)
+  expect_identical(run$wait(60), "done")
+  for (call in expression(clusterDashboard(run, browse = FALSE), clusterTop(run))) {
+    error <- caught(eval(call))
+    expect_rust_error(error, "stopped")
+    expect_match(conditionMessage(error), "is done, and has no cluster any more", fixed = TRUE)
+  }
+  expect_false(is_listening(sub("//[^:]*:", "//127.0.0.1:", moved)))
+
+  cl <- local_cluster(1)
+  other <- tempfile("run-")
+  errors <- list()
+  clusterLapply(cl, 1:2, identity, .store = other, .onResult = function(i, x) {
+    errors[[i]] <<- caught(clusterDashboard(openRun(other), browse = FALSE))
+  })
+  expect_rust_error(errors[[1L]], "bad_argument")
+  expect_match(conditionMessage(errors[[1L]]), "is a run that a call of clusterLapply() computes", fixed = TRUE)
+})
+
+test_that("clusterTop() of a run that ends says so", {
+  asked <- 0
+  ask <- function() {
+    asked <<- asked + 1
+    if (asked > 2) rustcluster:::abort("stopped", "the run is done")
+    figures
+  }
+  cl <- local_cluster(1)
+  figures <- rustcluster:::topFigures(cl[[1L]][["handle"]])
+  local_function("keyPressed", function() FALSE)
+  capture.output(lines <- rustcluster:::refreshTop(ask, 0.1))
+  expect_identical(utils::tail(lines, 1L), "the run is done")
 })
 
 test_that("text of workers cannot move the cursor of the terminal", {

@@ -111,10 +111,11 @@ fn hub_figures(handle: Robj) -> Robj {
             None => ().into(),
             Some(job) => {
                 let store = job.store.as_ref().map(|store| clean(&store.dir));
+                let (noun, all, done) = job.counted();
                 list!(
-                    noun = job.noun.as_str(),
-                    tasks = job.tasks as f64,
-                    done = job.gauge.done() as f64,
+                    noun = noun,
+                    tasks = all as f64,
+                    done = done as f64,
                     failed = job.failed() as f64,
                     seconds = figures.job_seconds(job),
                     ended = job.ended.is_some(),

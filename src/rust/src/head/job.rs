@@ -14,6 +14,7 @@ use crate::r::failure::Failure;
 use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
 use rustcluster_core::head::batching::Assignment;
+use rustcluster_core::head::dashboard::board::Chunks;
 use rustcluster_core::head::hub::HostView;
 use rustcluster_core::head::job::{self, Failed, Halt, JobWorker};
 use rustcluster_core::head::retry::Policy;
@@ -37,6 +38,8 @@ use std::time::{Duration, Instant};
 /// * `timeout`: the time limit of a task in seconds.
 /// * `retries`, `raises`: see [`Policy`].
 /// * `noun`: the name of a task in warnings.
+/// * `part`, `parts`: what an element of a chunk is called, and the number of all, if they are counted
+///   (job_count_elements()).
 /// * `store`, `ids`, `keep`: see storing() of store.rs.
 /// * `total`: the number of results, if it is not that of the tasks; `order` then has the index of each task.
 /// * `at_once`: whether to run the first step at once, if there are no more tasks than nodes.
@@ -188,9 +191,13 @@ fn job_begin(
         });
         let noun = setting("noun");
         let noun = noun.as_str().unwrap_or("task");
+        let chunks = setting("part").as_str().map(|noun| Chunks {
+            noun: noun.to_owned(),
+            elements: setting("parts").as_real().unwrap_or(0.0) as usize,
+        });
         let gauge = new.engine.gauge();
         let hub = cluster.hub.borrow();
-        hub.job_began(job as JobId, noun, count, gauge, store);
+        hub.job_began(job as JobId, noun, count, chunks, gauge, store);
         drop(hub);
         let mut done = false;
         if at_once {
@@ -402,8 +409,19 @@ fn job_progress(handle: Robj) -> Robj {
     })
 }
 
+/// Sets the number of elements of chunks that are finished, for pages.
+/// @noRd
+#[extendr]
+fn job_count_elements(handle: Robj, finished: f64) -> Robj {
+    with_job(&handle, |_, job| {
+        job.engine.gauge().set_elements(finished as usize);
+        Ok(().into())
+    })
+}
+
 extendr_module! {
     mod job;
+    fn job_count_elements;
     fn job_begin;
     fn job_step;
     fn job_set_result;

@@ -21,12 +21,13 @@ const MAX_OUTPUT: usize = 4000;
 /// Maximum number of exports.
 const MAX_EXPORTS: usize = 200;
 
-/// The numbers of tasks of a job that have ended, and that have ended without an answer. R's thread sets them, and any
-/// thread may read them.
+/// The numbers of tasks of a job that have ended, and that have ended without an answer, and of elements of chunks. R's
+/// thread sets them, and any thread may read them.
 #[derive(Debug, Default)]
 pub struct JobGauge {
     done: AtomicUsize,
     unanswered: AtomicUsize,
+    elements: AtomicUsize,
 }
 
 impl JobGauge {
@@ -38,6 +39,11 @@ impl JobGauge {
     /// The number of ended tasks.
     pub fn done(&self) -> usize {
         self.done.load(Ordering::Relaxed)
+    }
+
+    /// Sets the number of elements that are finished: see [`Chunks`].
+    pub fn set_elements(&self, finished: usize) {
+        self.elements.store(finished, Ordering::Relaxed);
     }
 
     /// Counts tasks whose worker failed on all attempts, or that exceeded their time limit.
@@ -59,6 +65,15 @@ pub struct StoreView {
     pub gauge: Gauge,
 }
 
+/// What the tasks of a job are made of, if they are chunks whose elements are counted.
+#[derive(Clone, Debug)]
+pub struct Chunks {
+    /// What an element is called.
+    pub noun: String,
+    /// Number of elements of all chunks.
+    pub elements: usize,
+}
+
 /// The job that runs, or the last one.
 #[derive(Clone, Debug)]
 pub struct JobView {
@@ -68,6 +83,8 @@ pub struct JobView {
     pub noun: String,
     /// Number of tasks.
     pub tasks: usize,
+    /// See [`Chunks`].
+    pub chunks: Option<Chunks>,
     /// Number of ended tasks.
     pub gauge: Arc<JobGauge>,
     /// When the job began.
@@ -81,6 +98,19 @@ pub struct JobView {
 }
 
 impl JobView {
+    /// What is counted: what one is called, the number of all, and the number of those that have ended.
+    pub fn counted(&self) -> (&str, usize, usize) {
+        let done = self.gauge.done();
+        match &self.chunks {
+            Some(chunks) if done == self.tasks => (&chunks.noun, chunks.elements, chunks.elements),
+            Some(chunks) => {
+                let finished = self.gauge.elements.load(Ordering::Relaxed);
+                (&chunks.noun, chunks.elements, finished.min(chunks.elements))
+            }
+            None => (&self.noun, self.tasks, done),
+        }
+    }
+
     /// Number of tasks that have failed.
     pub fn failed(&self) -> u64 {
         self.errors + self.gauge.unanswered.load(Ordering::Relaxed) as u64
@@ -402,6 +432,7 @@ mod tests {
             id: 7,
             noun: "task".into(),
             tasks: 10,
+            chunks: None,
             gauge: Arc::default(),
             began: NOW,
             ended: None,
@@ -419,6 +450,31 @@ mod tests {
         board.task_failed(FailureKind::Error, 0, "no", NOW);
         let job = board.job.unwrap();
         assert_eq!((job.failed(), job.ended), (2, Some(2 * NOW)));
+    }
+
+    #[test]
+    fn elements_of_chunks_count_instead_of_tasks() {
+        let mut job = JobView {
+            id: 7,
+            noun: "task".into(),
+            tasks: 2,
+            chunks: None,
+            gauge: Arc::default(),
+            began: NOW,
+            ended: None,
+            errors: 0,
+            store: None,
+        };
+        job.gauge.set(1);
+        assert_eq!(job.counted(), ("task", 2, 1));
+        job.chunks = Some(Chunks {
+            noun: "row".into(),
+            elements: 30,
+        });
+        job.gauge.set_elements(17);
+        assert_eq!(job.counted(), ("row", 30, 17));
+        job.gauge.set(2);
+        assert_eq!(job.counted(), ("row", 30, 30));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The dashboard, for R's thread: opening it, and what R reports for pages.
 
 use super::client::Hub;
-use crate::head::dashboard::board::{FailureKind, JobGauge, JobView, StoreView};
+use crate::head::dashboard::board::{Chunks, FailureKind, JobGauge, JobView, StoreView};
 use crate::head::dashboard::server::{Order, Site};
 use crate::protocol::ids::{JobId, Rank};
 use std::io;
@@ -62,6 +62,7 @@ impl Hub {
         id: JobId,
         noun: &str,
         tasks: usize,
+        chunks: Option<Chunks>,
         gauge: Arc<JobGauge>,
         store: Option<StoreView>,
     ) {
@@ -71,6 +72,7 @@ impl Hub {
             id,
             noun: noun.to_owned(),
             tasks,
+            chunks,
             gauge,
             began,
             ended: None,

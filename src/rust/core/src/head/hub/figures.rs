@@ -495,9 +495,10 @@ impl Figures {
     fn write_job(&self, job: &JobView, json: &mut Json) {
         json.open('{');
         json.name("id").number(job.id);
-        json.name("noun").text(&job.noun);
-        json.name("tasks").number(job.tasks as u64);
-        json.name("done").number(job.gauge.done() as u64);
+        let (noun, all, done) = job.counted();
+        json.name("noun").text(noun);
+        json.name("tasks").number(all as u64);
+        json.name("done").number(done as u64);
         json.name("failed").number(job.failed());
         json.name("seconds").decimal(self.job_seconds(job));
         json.name("ended").flag(job.ended.is_some());
