@@ -126,13 +126,18 @@ test_that("futures and runs print lines, too", {
   # So are those of a function after futures that nobody has collected, because a function has ended with an error or
   # because nobody has asked for their value.
   failing <- function(i) if (i == 2) stop("two") else Sys.sleep(0.3)
-  messages_of(caught(future.apply::future_lapply(1:4, failing, future.chunk.size = 1)))
+  # Newer versions of future.apply warn that they cancel the other futures.
+  messages_of(suppressWarnings(caught(future.apply::future_lapply(1:4, failing, future.chunk.size = 1))))
   expect_length(ls(rustcluster:::shownFutures), 0)
   expect_silent(future::future(NULL, lazy = TRUE))
   messages_of(future::future(NULL))
   said <- messages_of(future.apply::future_lapply(1:3, function(i) Sys.sleep(0.1), future.chunk.size = 1))
   expect_match(said, "^3 futures in ", all = FALSE)
   expect_length(ls(rustcluster:::shownFutures), 0)
+  # The futures of a function count together although it launches them within tryCatch(), one after the other.
+  launching <- function() for (i in 1:3) tryCatch(future::value(future::future(NULL)), error = stop)
+  environment(launching) <- asNamespace("future.apply")
+  expect_match(messages_of(launching()), "^3 futures in ", all = FALSE)
 })
 
 test_that("chunks that report elements have the values, calls and random numbers of lapply()", {
