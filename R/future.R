@@ -196,12 +196,12 @@ viewOf <- function(shown) {
 }
 
 # Returns the frame of the function of a package that launches futures, such as future_lapply(), or NULL if other code
-# has called future().
+# has called future(). Frames of base R are passed over: since version 1.20, future.apply launches within tryCatch().
 launchingFrame <- function() {
   frame <- NULL
   for (depth in rev(seq_len(sys.nframe()))) {
     home <- topenv(environment(sys.function(depth)))
-    if (identical(home, baseenv()) || identical(home, topenv())) next
+    if (identical(home, .BaseNamespaceEnv) || identical(home, baseenv()) || identical(home, topenv())) next
     if (!isNamespace(home)) break
     if (getNamespaceName(home) == "future") next
     if (!"future" %in% names(getNamespaceImports(home))) break

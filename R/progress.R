@@ -20,11 +20,22 @@ askedProgress <- function(asked, argument) {
 # Returns whether this code is run by progressr::with_progress(), or progressr::handlers(global = TRUE) is set.
 progressrListens <- function() {
   if (!isNamespaceLoaded("progressr")) return(FALSE)
-  for (depth in seq_len(sys.nframe())) {
-    if (identical(sys.function(depth), progressr::with_progress)) return(TRUE)
-  }
+  if (length(withProgressFrames())) return(TRUE)
   # The question takes progressr long, and most sessions have no such handlers.
   length(globalCallingHandlers()) > 0L && isTRUE(progressr::handlers(global = NA))
+}
+
+# Returns the frames of progressr::with_progress() in which this code is run.
+withProgressFrames <- function() {
+  depths <- seq_len(sys.nframe())
+  lapply(Filter(function(depth) identical(sys.function(depth), progressr::with_progress), depths), sys.frame)
+}
+
+# Returns whether with_progress() shows the steps of a progressor that has not finished. progressr has no function that
+# answers this. The handlers keep it in `active`, a variable of their environments; without the variable, this is FALSE.
+progressorShown <- function() {
+  isShown <- function(handler) isTRUE(environment(handler)$active)
+  any(unlist(lapply(withProgressFrames(), function(frame) vapply(as.list(frame$handlers), isShown, NA))))
 }
 
 # Returns a function that updates what is shown. It ends with the frame of the caller. `progress`: returns the numbers
@@ -101,9 +112,12 @@ progressLines <- function(progress, n, what, grows = function() FALSE) {
   }
 }
 
-# Reports to progressr. If a progressor exists already, as one that the tasks use, progressr ignores this one, but warns
-# of its steps after the end of the other: it makes no step once tasks have reported with a progressor of the session.
+# Reports to progressr, unless with_progress() already shows a progressor, such as one that the tasks use: since version
+# 0.18, progressr shows only the newest progressor and warns of the further steps of the older one. Global handlers show
+# the older one, but warn of steps of this one after the end of the older one: this progressor makes no step once tasks
+# have reported with a progressor of the session.
 progressrSteps <- function(progress, n, envir) {
+  if (progressorShown()) return(function() invisible())
   step <- progressr::progressor(steps = n, envir = envir)
   fromTasks$owner <- ownerOf(step(amount = 0))
   before <- fromTasks$count

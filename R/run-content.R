@@ -77,13 +77,16 @@ codeTypes <- c(
   "closure", "builtin", "special", "environment", "externalptr", "weakref", "bytecode", "promise", "S4", "language"
 )
 
+# Returns whether a value is NULL or a vector without attributes that is no list. is.atomic(NULL) is FALSE since R 4.4.
+isPlainVector <- function(x) is.null(x) || (is.atomic(x) && is.null(attributes(x)))
+
 # Returns whether a value contains something whose serialization depends on more than its content. Not recursive,
 # because values may be nested deeply.
 hasCode <- function(x) {
-  if (is.atomic(x) && is.null(attributes(x))) return(FALSE)
+  if (isPlainVector(x)) return(FALSE)
   level <- list(x)
   while (length(level)) {
-    level <- level[!vapply(level, function(part) is.atomic(part) && is.null(attributes(part)), NA)]
+    level <- level[!vapply(level, isPlainVector, NA)]
     types <- vapply(level, typeof, "")
     if (any(types %in% codeTypes)) return(TRUE)
     nested <- types %in% c("list", "expression", "pairlist")
@@ -120,7 +123,7 @@ canonical <- function(x) {
 canonicalParts <- function(x) {
   if (!length(x)) return(x)
   types <- vapply(x, typeof, "")
-  todo <- !vapply(x, function(part) is.atomic(part) && is.null(attributes(part)), NA)
+  todo <- !vapply(x, isPlainVector, NA)
   todo <- todo | types %in% c("double", "character", "complex")
   # Fast path for single values, of which few have another form.
   single <- todo & lengths(x, use.names = FALSE) == 1L & types %in% c("double", "character")

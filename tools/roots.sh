@@ -93,7 +93,9 @@ copy_checkout() {
 }
 
 # inside DIR COMMAND ARGUMENT...: runs a command in the system, with PID, mount and network namespaces of its
-# own. No process is left at its end. The crates that this machine has fetched are available.
+# own. No process is left at its end. The crates that this machine has fetched are available. The command does not
+# inherit that SIGINT is ignored, as in the background of a shell: R 4.6 would keep that, and tests could not
+# interrupt R.
 inside() {
   local dir=$1 crates=${CARGO_HOME:-$HOME/.cargo}/registry
   shift
@@ -102,6 +104,8 @@ inside() {
     dir=$1 crates=$2
     shift 2
     mount --make-rprivate /
+    # Commands such as "unshare --mount" need a root that is a mount.
+    mount --bind "$dir" "$dir"
     ip link set lo up
     mount -t proc proc "$dir/proc"
     mount -t sysfs sys "$dir/sys"
@@ -112,8 +116,8 @@ inside() {
     mount --bind "$crates" "$dir/srv/.cargo/registry"
     # A shell stays the first process, and reaps orphans. The processes after it have a process group of their
     # own namespace: in the group of this script, a signal to the group would reach the script.
-    env -i HOME=/srv LANG=C.UTF-8 TZ=UTC PATH=/usr/sbin:/usr/bin:/sbin:/bin CARGO_NET_OFFLINE=true \
-      NOT_CRAN=true RUSTCLUSTER_LONG_TESTS="${RUSTCLUSTER_LONG_TESTS:-}" \
+    env -i --default-signal=INT HOME=/srv LANG=C.UTF-8 TZ=UTC PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+      CARGO_NET_OFFLINE=true NOT_CRAN=true RUSTCLUSTER_LONG_TESTS="${RUSTCLUSTER_LONG_TESTS:-}" \
       chroot "$dir" sh -c "setsid --wait \"\$@\"; exit \$?" sh "$@"
   ' sh "$dir" "$crates" "$@"
 }

@@ -133,16 +133,16 @@ test_that("names without quotes, clusters of the session and arguments of cluste
 })
 
 test_that("swapped and misplaced arguments are named", {
-  expect_snapshot(error = TRUE, {
-    makeRustCluster(2, 4)
-    makeRustCluster(2, seed = 1, export = "x", pkgs = "stats4")
-    makeRustCluster(2, packages = nosuchpackage)
+  expect_snapshot({
+    show_error(makeRustCluster(2, 4))
+    show_error(makeRustCluster(2, seed = 1, export = "x", pkgs = "stats4"))
+    show_error(makeRustCluster(2, packages = nosuchpackage))
   })
   skip_on_cran()
   cl <- local_cluster(1)
-  expect_snapshot(error = TRUE, {
-    clusterLapply(1:4, cl, sqrt)
-    clusterLapplyAsync(1:4, cl, sqrt)
-    clusterLapply(cl, sqrt, 1:4)
+  expect_snapshot({
+    show_error(clusterLapply(1:4, cl, sqrt))
+    show_error(clusterLapplyAsync(1:4, cl, sqrt))
+    show_error(clusterLapply(cl, sqrt, 1:4))
   })
 })

@@ -126,13 +126,18 @@ test_that("futures and runs print lines, too", {
   # So are those of a function after futures that nobody has collected, because a function has ended with an error or
   # because nobody has asked for their value.
   failing <- function(i) if (i == 2) stop("two") else Sys.sleep(0.3)
-  messages_of(caught(future.apply::future_lapply(1:4, failing, future.chunk.size = 1)))
+  # Newer versions of future.apply warn that they cancel the other futures.
+  messages_of(suppressWarnings(caught(future.apply::future_lapply(1:4, failing, future.chunk.size = 1))))
   expect_length(ls(rustcluster:::shownFutures), 0)
   expect_silent(future::future(NULL, lazy = TRUE))
   messages_of(future::future(NULL))
   said <- messages_of(future.apply::future_lapply(1:3, function(i) Sys.sleep(0.1), future.chunk.size = 1))
   expect_match(said, "^3 futures in ", all = FALSE)
   expect_length(ls(rustcluster:::shownFutures), 0)
+  # The futures of a function count together although it launches them within tryCatch(), one after the other.
+  launching <- function() for (i in 1:3) tryCatch(future::value(future::future(NULL)), error = stop)
+  environment(launching) <- asNamespace("future.apply")
+  expect_match(messages_of(launching()), "^3 futures in ", all = FALSE)
 })
 
 test_that("chunks that report elements have the values, calls and random numbers of lapply()", {
@@ -271,6 +276,26 @@ test_that("a progressor that tasks call is that of the session", {
   expect_calls(5, function(p) foreach::`%dopar%`(foreach::foreach(i = 1:5), p()))
 })
 
+test_that("calls between the steps of a progressor do not end it", {
+  skip_if_not_installed("progressr")
+  cl <- local_cluster(2)
+  expect_silent(seen <- steps_of({
+    p <- progressr::progressor(3)
+    for (i in 1:3) {
+      parallel::parLapply(cl, 1:9, sqrt)
+      p()
+    }
+  }))
+  expect_equal(seen, list(steps = 3, max = 3))
+  # A call after the end of a progressor has its own.
+  expect_silent(seen <- steps_of({
+    p <- progressr::progressor(2)
+    p(amount = 2)
+    parallel::parLapply(cl, 1:9, sqrt)
+  }))
+  expect_equal(seen, list(steps = 9, max = 9))
+})
+
 test_that("what tasks of a call that was interrupted have reported is not part of the next call", {
   skip_if_not_installed("progressr")
   cl <- local_cluster(2)
@@ -298,20 +323,27 @@ test_that("a stored run is continued with another progressor, and its own calls 
   dir <- tempfile("run-")
   on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
   shown <- character()
-  run <- function(n, save) {
+  run <- function(n, save, FUN, ...) {
+    withCallingHandlers(
+      clusterLapply(cl, 1:n, FUN, ..., .store = dir, .save = save, .reuse = "same"),
+      progression = function(p) if (p$type == "initiate") shown <<- c(shown, p$progressor_uuid)
+    )
+  }
+  reporting <- function(n, save) {
     steps_of({
       # The call computes the elements from the fifth on.
       p <- progressr::progressor(if (n > 4) n - 4 else n)
-      withCallingHandlers(
-        clusterLapply(cl, 1:n, global(function(i, p) p()), p, .store = dir, .save = save, .reuse = "same"),
-        progression = function(p) if (p$type == "initiate") shown <<- c(shown, p$progressor_uuid)
-      )
+      run(n, save, global(function(i, p) p()), p)
     })
   }
-  expect_equal(run(4, "head"), list(steps = 4, max = 4))
-  expect_equal(run(7, "hosts"), list(steps = 3, max = 3))
-  # One of each call, besides the progressor of the session.
-  expect_length(shown, 2)
+  expect_equal(reporting(4, "head"), list(steps = 4, max = 4))
+  expect_equal(reporting(7, "hosts"), list(steps = 3, max = 3))
+  expect_length(shown, 0)
+  # Without a progressor of the session, there is one of the call.
+  dir <- tempfile("run-")
+  on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
+  expect_equal(steps_of(run(6, "hosts", global(function(i) i))), list(steps = 6, max = 6))
+  expect_length(shown, 1)
 })
 
 test_that("global handlers of progressr show the progressor of tasks, without a warning", {

@@ -123,6 +123,14 @@ test_that("values of classes that overwrite length() and `[[`, and deep ones, ca
   }
 })
 
+test_that("elements that are NULL or contain it count", {
+  hashes <- function(...) rustcluster:::elementHashes(list(...))
+  expect_length(hashes(1, NULL, mean, NULL), 64L)
+  expect_identical(hashes(NULL, 1)[17:32], hashes(1))
+  expect_false(identical(hashes(list(1, NULL)), hashes(list(1))))
+  expect_false(identical(of_value(list(1, NULL)), of_value(list(1))))
+})
+
 test_that("identical values are equal in all their forms", {
   utf8 <- "\u00e9"
   native <- `Encoding<-`(utf8, "unknown")
