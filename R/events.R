@@ -73,7 +73,8 @@ slowToEnd <- function(events, handle) {
     rustclusterCondition(
       "stop_timeout", paste0(
         named, " on host ", sQuote(host), " did not end within ", format(handle$stopTimeout),
-        " s of `stopCluster()` and ", if (one) "was" else "were", " killed before exit handlers (`.Last()`, `reg.finalizer(onexit = TRUE)`) had finished; ",
+        " s of `stopCluster()` and ", if (one) "was" else "were", " killed before exit handlers (`.Last()`, ",
+        "`reg.finalizer(onexit = TRUE)`) had finished; ",
         "increase `stop_timeout`"
       ),
       rank = ranks, host = host, type = "warning"

@@ -10,7 +10,8 @@
 #' that wait for their results. The error of a call of [clusterSubmit()] or [clusterLapplyAsync()] is in its object.
 #'
 #' This function occupies the session: use it for runs ([startRun()]) and while calls of [clusterSubmit()] or
-#' [clusterLapplyAsync()] run, and [clusterDashboard()] to watch `parLapply()` and other functions that wait for their results.
+#' [clusterLapplyAsync()] run, and [clusterDashboard()] to watch `parLapply()` and other functions that wait for their
+#' results.
 #'
 #' @param cl A cluster made by [makeRustCluster()], or a part of one: the text shows the whole cluster. Or a run that is
 #'   being computed, as [startRun()] and [openRun()] return it: the text shows the cluster of its runner, and is
@@ -133,8 +134,8 @@ topJob <- function(figures, before, width) {
   full <- floor(cells * part)
   c(
     paste0(
-      if (job$ended) "last call: ", "[", strrep("#", full), strrep("-", cells - full), "] ", formatCount(job$done), " of ",
-      counted(job$tasks, job$noun), sprintf(" (%.0f %%)", floor(100 * part)), ", ",
+      if (job$ended) "last call: ", "[", strrep("#", full), strrep("-", cells - full), "] ", formatCount(job$done),
+      " of ", counted(job$tasks, job$noun), sprintf(" (%.0f %%)", floor(100 * part)), ", ",
       if (rate > 0) paste0(format(rate, digits = 3L), "/s, "), left
     ),
     if (!is.null(job$store) && !is.na(job$store)) paste0("stored in ", printable(job$store))
