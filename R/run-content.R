@@ -172,9 +172,10 @@ inUtf8 <- function(x) {
 }
 
 # The functions and environments that contentOf() has found, by their addresses, with their numbers. `parents`: whether
-# the parents of environments count.
+# the parents of environments count. `formulas`: the formulas that it is in.
 seenObjects <- function() {
   seen <- new.env(parent = emptyenv())
+  seen$formulas <- list()
   seen$count <- 0L
   seen$parents <- isTRUE(hashing$parents)
   seen
@@ -222,6 +223,13 @@ contentOf <- function(x, seen) {
     seen$count <- seen$count + 1L
     # An object that is kept keeps its address.
     seen[[key]] <- list(number = seen$count, object = x)
+  }
+  if (isFormula) {
+    # A formula may use the variable that has it.
+    within <- Position(function(formula) identical(formula, x), seen$formulas)
+    if (!is.na(within)) return(paste("formula", within))
+    seen$formulas <- c(seen$formulas, list(x))
+    on.exit(seen$formulas <- utils::head(seen$formulas, -1L))
   }
   content <- switch(type,
     closure = list(codeOf(x), if (!isGeneric) lapply(variablesUsed(x), contentOf, seen)),

@@ -240,7 +240,10 @@ test_that("a full disk and a read-only library are errors that say so", {
   fixed <- local_mount("size=1m,ro")
   hosts <- c(hosts_of(ssh, "127.0.0.2", rlibs = small), hosts_of(ssh, "127.0.0.3", rlibs = fixed),
              hosts_of(ssh, "127.0.0.4", rscript_envs = c(TMPDIR = "/proc"), rlibs = new_library()))
+  # A home that is not writable, in which R has never had a library.
+  hosts <- c(hosts, hosts_of(ssh, "127.0.0.5", rlibs = file.path(fixed, "R", "library", "4.2")))
   problems <- install_on(hosts)$problem
+  expect_match(problems[[4L]], "cannot be created .*Read-only file system.*`rlibs`")
   expect_match(problems[[1L]], "the disk of .*library.* is full [(]no space left on device")
   expect_no_match(problems[[1L]], "LOCK")
   expect_identical(content_of(small), character())

@@ -72,6 +72,12 @@ test_that("variables that code names in another way are noticed", {
   expect_noticed("k <- 1; model <- y ~ x * k", "function(x) lm(model)", "k <- 2")
 })
 
+test_that("variables of formulas are noticed, also of those that use themselves", {
+  expect_noticed("k <- 1; z <- y ~ z + k", "function(i) z", "k <- 2")
+  expect_noticed("k <- 1; a <- y ~ b; b <- y ~ a + k", "function(i) list(a, b)", "k <- 2")
+  expect_noticed("z <- y ~ z", "function(i) z", "z <- y ~ z + 1")
+})
+
 test_that("classes and methods are noticed", {
   on.exit(suppressWarnings(methods::removeClass("ContentP", where = globalenv())), add = TRUE, after = FALSE)
   expect_noticed(
