@@ -383,6 +383,18 @@ test_that("clusterTop() prints the figures once where there is no terminal", {
   expect_match(text, "worker, worker [12], [^\n]* ago: was killed by signal 9")
 })
 
+test_that("a task that exceeds its time limit is shown with the output of its worker", {
+  cl <- local_cluster(2)
+  clusterLapply(cl, 1:2, function(i) {
+    cat("iteration", 16 + i, "\n")
+    Sys.sleep(60)
+  }, .timeout = 1, .errors = "return")
+  failures <- rustcluster:::topFigures(cl[[1L]][["handle"]])$failures
+  expect_identical(vapply(failures, `[[`, "", "kind"), c("timeout", "timeout"))
+  expect_setequal(vapply(failures, `[[`, "", "output"), c("iteration 17", "iteration 18"))
+  expect_match(capture.output(clusterTop(cl)), "    iteration 1[78]", all = FALSE)
+})
+
 test_that("clusterTop() shows the calls that run, and not the one before them", {
   cl <- local_cluster(2)
   gate <- tempfile("gate-")

@@ -578,7 +578,16 @@ impl Agent {
                         process.descriptors.pop_front();
                     }
                 }
-                Act::Report(message) => self.report(&message),
+                Act::Report(mut message) => {
+                    if let ToHead::TimedOut { worker, output, .. } = &mut message {
+                        self.read_output(*worker);
+                        let process = self.workers[*worker as usize].as_ref();
+                        *output = process
+                            .map(|process| process.tail.text())
+                            .unwrap_or_default();
+                    }
+                    self.report(&message);
+                }
                 Act::ToWorker(frame) => {
                     let Header {
                         kind,

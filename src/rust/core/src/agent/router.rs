@@ -705,7 +705,12 @@ impl Router {
     /// Ends tasks that have exceeded their time limits.
     pub fn out_of_time(&mut self, now: Now, acts: &mut Vec<Act>) {
         for (worker, task) in self.worker_table.out_of_time(now) {
-            acts.push(Act::Report(ToHead::TimedOut { worker, task }));
+            let output = String::new();
+            acts.push(Act::Report(ToHead::TimedOut {
+                worker,
+                task,
+                output,
+            }));
             acts.push(Act::Interrupt { worker, task });
             acts.push(Act::ReadAgain(worker));
         }

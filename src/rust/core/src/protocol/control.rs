@@ -394,6 +394,8 @@ pub enum ToHead {
         worker: u32,
         /// The task that exceeded its time limit.
         task: u64,
+        /// The end of what the worker has written to its standard output and standard error.
+        output: String,
     },
     /// The set-up log of this worker exceeds the limit: the worker will not be replaced.
     StateNotLogged {

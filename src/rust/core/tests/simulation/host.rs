@@ -311,7 +311,7 @@ impl Host {
                 Act::LetGo(worker) => assert!((worker as usize) < self.ranks.len()),
                 Act::Report(message) => {
                     match message {
-                        ToHead::TimedOut { worker, task } => {
+                        ToHead::TimedOut { worker, task, .. } => {
                             self.check_time(worker, task, now, facts);
                         }
                         ToHead::SetupCalls { worker, .. } => {

@@ -692,7 +692,7 @@ impl Sim {
                     assert!(ranks.iter().all(is_terminated));
                     self.facts.seen.hosts_left_out += 1;
                 }
-                Note::Ended { .. } => {}
+                Note::Ended { .. } | Note::TimedOut { .. } => {}
                 Note::Draining { agent, .. } => {
                     for rank in self.hosts[agent].ranks.clone() {
                         self.begins_to_drain(rank);

@@ -2,7 +2,7 @@
 //! exports. It is in limited memory, and is recorded when something happens that happens seldom.
 
 use crate::head::activity::{Moment, TOO_LONG};
-use crate::head::scheduler::events::{Note, Outcome, Termination};
+use crate::head::scheduler::events::{Note, Termination};
 use crate::platform::exit::Exit;
 use crate::protocol::control::WorkerFailure;
 use crate::protocol::ids::{JobId, Rank};
@@ -225,13 +225,25 @@ impl Board {
         (&self.exports, self.export_changes)
     }
 
-    /// A task of this worker raised an error, or exceeded its time limit.
-    pub fn task_failed(&mut self, kind: FailureKind, rank: Rank, text: &str, now: Moment) {
+    /// A task of this worker raised an error.
+    pub fn task_failed(&mut self, rank: Rank, text: &str, now: Moment) {
         let job = self.job.as_mut().filter(|job| job.ended.is_none());
-        if let Some(job) = job.filter(|_| kind == FailureKind::Error) {
+        if let Some(job) = job {
             job.errors += 1;
         }
-        self.add(kind, Some(rank), None, text, "", now);
+        self.add(FailureKind::Error, Some(rank), None, text, "", now);
+    }
+
+    /// A task of this worker exceeded its time limit. The job itself counts tasks without an answer.
+    fn timed_out(&mut self, rank: Rank, output: &str, now: Moment) {
+        self.add(
+            FailureKind::Timeout,
+            Some(rank),
+            None,
+            TOO_LONG,
+            output,
+            now,
+        );
     }
 
     /// A host was lost or could not be started.
@@ -272,11 +284,7 @@ impl Board {
                 Termination::Worker(failure) => self.worker_failed(*rank, failure, now()),
                 _ => return false,
             },
-            Note::Done {
-                rank,
-                outcome: Outcome::TimedOut,
-                ..
-            } => self.task_failed(FailureKind::Timeout, *rank, TOO_LONG, now()),
+            Note::TimedOut { rank, output } => self.timed_out(*rank, output, now()),
             Note::LeftOut { agent, reason } => self.host_failed(*agent, reason, "", now()),
             _ => return false,
         }
@@ -299,8 +307,8 @@ impl Board {
             tail(output.trim_end(), MAX_OUTPUT),
         );
         let same = |failure: &Failure| {
-            let same_output =
-                failure.output == output || kind == FailureKind::Worker && failure.rank == rank;
+            let by_worker = matches!(kind, FailureKind::Worker | FailureKind::Timeout);
+            let same_output = failure.output == output || by_worker && failure.rank == rank;
             failure.kind == kind && failure.agent == agent && failure.text == text && same_output
         };
         let known = self.failures.iter().position(same);
@@ -382,10 +390,10 @@ mod tests {
     fn equal_failures_are_one_and_the_oldest_are_dropped() {
         let mut board = Board::default();
         for _ in 0..1000 {
-            board.task_failed(FailureKind::Error, 3, "Error in f(i): no\n", NOW);
+            board.task_failed(3, "Error in f(i): no\n", NOW);
         }
-        board.task_failed(FailureKind::Error, 4, "other", NOW);
-        board.task_failed(FailureKind::Error, 5, "Error in f(i): no", NOW);
+        board.task_failed(4, "other", NOW);
+        board.task_failed(5, "Error in f(i): no", NOW);
         let all: Vec<_> = board.failures_since(0).collect();
         assert_eq!(all.len(), 2);
         assert_eq!(
@@ -440,14 +448,17 @@ mod tests {
             store: None,
         };
         board.begin(job);
-        board.task_failed(FailureKind::Error, 0, "no", NOW);
-        // The job itself counts tasks without an answer.
-        board.task_failed(FailureKind::Timeout, 0, "no", NOW);
+        board.task_failed(0, "no", NOW);
+        board.timed_out(0, "iteration 7\n", NOW);
+        assert_eq!(
+            board.failures_since(1).next().unwrap().output,
+            "iteration 7"
+        );
         board.job.as_ref().unwrap().gauge.add_unanswered(1);
         board.end(6, 2 * NOW);
         board.end(7, 2 * NOW);
         board.end(7, 3 * NOW);
-        board.task_failed(FailureKind::Error, 0, "no", NOW);
+        board.task_failed(0, "no", NOW);
         let job = board.job.unwrap();
         assert_eq!((job.failed(), job.ended), (2, Some(2 * NOW)));
     }

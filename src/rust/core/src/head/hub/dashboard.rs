@@ -1,7 +1,7 @@
 //! The dashboard, for R's thread: opening it, and what R reports for pages.
 
 use super::client::Hub;
-use crate::head::dashboard::board::{Chunks, FailureKind, JobGauge, JobView, StoreView};
+use crate::head::dashboard::board::{Chunks, JobGauge, JobView, StoreView};
 use crate::head::dashboard::server::{Order, Site};
 use crate::protocol::ids::{JobId, Rank};
 use std::io;
@@ -96,6 +96,6 @@ impl Hub {
         let mut core = self.core();
         core.scheduler.failed(rank, why);
         let now = core.began.elapsed();
-        core.board.task_failed(FailureKind::Error, rank, why, now);
+        core.board.task_failed(rank, why, now);
     }
 }

@@ -395,6 +395,8 @@ impl Inbox {
                     self.events.push_back(Event::StopTimedOut { rank });
                 }
             }
+            // A page shows it.
+            Note::TimedOut { .. } => {}
             Note::Done {
                 rank,
                 task,

@@ -162,6 +162,7 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
         | Note::SetupCall { .. }
         | Note::KeptAnswers { .. }
         | Note::Ended { .. }
+        | Note::TimedOut { .. }
         | Note::Output { .. }
         | Note::ProgressEvent { .. }
         | Note::Usage { .. }

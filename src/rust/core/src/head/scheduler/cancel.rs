@@ -239,7 +239,7 @@ impl Scheduler {
     }
 
     /// A task exceeded its time limit. The worker is busy until its agent reports that it is free.
-    pub(super) fn time_out(&mut self, rank: Rank, id: TaskId) {
+    pub(super) fn time_out(&mut self, rank: Rank, id: TaskId, output: String) {
         let worker = &mut self.workers[rank as usize];
         let Some(current) = worker.current.as_mut() else {
             return;
@@ -252,6 +252,7 @@ impl Scheduler {
         current.timed_out = true;
         worker.stats.failed(TOO_LONG);
         self.drop_answer(rank);
+        self.notes.push(Note::TimedOut { rank, output });
         self.notes.push(Note::Done {
             rank,
             task: id,

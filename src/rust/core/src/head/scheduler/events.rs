@@ -177,6 +177,13 @@ pub enum Note {
         /// Whether the worker was idle when it was stopped, and was killed because it did not end in time.
         timed_out: bool,
     },
+    /// A task exceeded its time limit. The note of its end follows.
+    TimedOut {
+        /// The worker's rank.
+        rank: Rank,
+        /// The end of the worker's output.
+        output: String,
+    },
     /// A task has ended.
     Done {
         /// The worker that had the task.

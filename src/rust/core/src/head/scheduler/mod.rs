@@ -498,9 +498,13 @@ impl Scheduler {
                     self.notes.push(Note::Ended { rank, timed_out });
                 }
             }
-            ToHead::TimedOut { worker, task } => {
+            ToHead::TimedOut {
+                worker,
+                task,
+                output,
+            } => {
                 let rank = self.rank(agent, worker)?;
-                self.time_out(rank, task);
+                self.time_out(rank, task, output);
             }
             ToHead::StateNotLogged { worker } => {
                 let rank = self.rank(agent, worker)?;

@@ -372,15 +372,22 @@ fn a_task_that_is_out_of_time_ends_once() {
     submit(&mut scheduler, order(0, 2));
     assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
     scheduler.take_notes();
-    let late = ToHead::TimedOut { worker: 0, task: 1 };
+    let late = ToHead::TimedOut {
+        worker: 0,
+        task: 1,
+        output: "converges slowly".into(),
+    };
     from_agent(&mut scheduler, 0, &late);
     assert!(matches!(
         scheduler.take_notes()[..],
-        [Note::Done {
-            task: 1,
-            outcome: Outcome::TimedOut,
-            ..
-        }]
+        [
+            Note::TimedOut { rank: 0, .. },
+            Note::Done {
+                task: 1,
+                outcome: Outcome::TimedOut,
+                ..
+            }
+        ]
     ));
     scheduler.cancel_task(0, 1);
     from_agent(&mut scheduler, 0, &late);
