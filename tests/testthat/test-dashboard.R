@@ -532,14 +532,18 @@ in_browser <- function(address, lines, values = character()) {
     "def shows(page, id, what):",
     "    WebDriverWait(page, 60).until(lambda page: what in text(page, id), f'{id} does not become: {what}')",
     "def colour(page): return page.execute_script('return getComputedStyle(document.body).backgroundColor')",
-    "# What the timeline shows at the right, as the colours that occur there.",
-    "def colours(page): return page.execute_script('''",
+    "# What the timeline shows in this many pixels at the right, as the colours that occur there.",
+    "def colours(page, width=190): return page.execute_script('''",
     "    const canvas = document.getElementById('lanes'), context = canvas.getContext('2d');",
-    "    const data = context.getImageData(canvas.width - 200, 0, 190, canvas.height).data, found = new Set();",
+    "    const from = Math.max(0, canvas.width - 10 - arguments[0]);",
+    "    const data = context.getImageData(from, 0, arguments[0], canvas.height).data, found = new Set();",
     "    for (let at = 0; at < data.length; at += 4) found.add(data.slice(at, at + 3).join());",
-    "    return [...found];''')",
+    "    return [...found];''', width)",
     "def has(page, colour):",
     "    WebDriverWait(page, 20).until(lambda page: colour in colours(page), f'{colour} does not appear')",
+    "# Waits until the timeline shows this time.",
+    "def shown_in(page, seconds):",
+    "    WebDriverWait(page, 60).until(lambda page: page.execute_script('return lanesSpan') == seconds)",
     "def no_complaints(page):",
     "    complaints = [line for line in page.get_log('browser') if line['level'] != 'INFO'",
     "                  and 'willReadFrequently' not in line['message']]  # That is of colours().",
@@ -599,7 +603,8 @@ test_that("the page shows 8 workers, a failure and the end, in both colour schem
     "    for button in one.find_elements('css selector', '#spans button'):",
     "        button.send_keys(Keys.ENTER)",
     "        assert button.get_attribute('aria-pressed') == 'true'",
-    paste0("        has(one, ", busy_colour, ")"),
+    "        shown_in(one, int(button.get_attribute('value')))",
+    "        assert one.execute_script('return lanes.every((lane) => /[1-8]/.test(lane))')",
     "    open(f'{dir}/go', 'w').close()",
     "    for page in one, two: shows(page, 'jobLeft', 'done in')",
     "    shows(one, 'jobText', '60 of 60 elements · 100 %')",
@@ -609,6 +614,59 @@ test_that("the page shows 8 workers, a failure and the end, in both colour schem
     "    for page in one, two:",
     "        assert 'has been stopped' in text(page, 'status')",
     "        no_complaints(page)"
+  ))
+  child_wait_for(child, "stopped")
+})
+
+test_that("the page says what runs after a call, that it is paused, and keeps its timeline", {
+  skip_unless_long()
+  child <- start_child({
+    cl <- makeRustCluster(2)
+    say("pids", paste(c(clusterPids(cl), agentPids(cl)), collapse = " "))
+    say("url", clusterDashboard(cl, browse = FALSE))
+    clusterLapply(cl, 1:4, identity)
+    go <- file.path(dir, "go")
+    calls <- lapply(1:3, function(i) clusterSubmit(cl, while (!file.exists(go)) Sys.sleep(0.02), go = go))
+    for (call in calls) call$value()
+    while (!file.exists(file.path(dir, "stop"))) Sys.sleep(0.05)
+    stopCluster(cl)
+    say("stopped")
+    Sys.sleep(60)
+  })
+  url <- child_wait_for(child, "url")
+  note_pids(child_pids(child, "pids"))
+  in_browser(url, values = c(dir = child$dir), lines = c(
+    "def press(page, name): page.execute_script('''",
+    "    [...document.querySelectorAll('button')].find((one) => one.textContent === arguments[0]).click();",
+    "    window.dispatchEvent(new Event('resize'));  // It draws.''', name)",
+    "def displayed(page, id): return page.find_element('id', id).is_displayed()",
+    "def busy(page): return '0,114,178' in colours(page, 2000)",
+    "with browser('one') as one, browser('two') as two:",
+    "    for page in one, two:",
+    "        shows(page, 'jobText', '2 calls running, 1 waiting')",
+    "        assert not displayed(page, 'track') and not text(page, 'jobRate'), text(page, 'job')",
+    "        WebDriverWait(page, 60).until(busy)",
+    "    # The timeline is kept until that of the chosen time comes.",
+    "    press(one, 'All')",
+    "    assert busy(one)",
+    "    shown_in(one, 0)",
+    "    press(two, 'Pause')",
+    "    open(f'{dir}/go', 'w').close()",
+    "    shows(one, 'jobText', '4 of 4 elements · 100 %')",
+    "    assert displayed(one, 'track') and 'last call' in text(one, 'jobRate'), text(one, 'job')",
+    "    open(f'{dir}/stop', 'w').close()",
+    "    shows(one, 'status', 'The cluster has been stopped')",
+    "    press(one, '5 min')",
+    "    assert busy(one)",
+    "    assert text(two, 'status').startswith('❚❚ Paused: '), text(two, 'status')",
+    "    assert 'All is well, 2 of 2 workers busy' in text(two, 'notes'), text(two, 'notes')",
+    "    assert two.title == 'Paused – rustcluster', two.title",
+    "    assert '2 calls running' in text(two, 'jobText'), text(two, 'jobText')",
+    "    for page in one, two: no_complaints(page)",
+    "    press(two, 'Go on')",
+    "    shows(two, 'status', 'The R session has ended, or the cluster has been stopped')",
+    "    press(two, '5 min')",
+    "    assert busy(two)"
   ))
   child_wait_for(child, "stopped")
 })
