@@ -65,7 +65,7 @@
 #' run that a call of [clusterLapply()] computes. `rustcluster_run_write_failed`: `cancel()` may not write to the
 #' directory. `rustcluster_bad_argument`. A warning of class `rustcluster_run_workers_left`: `cancel()` could not end
 #' workers that wait for the next runner; fields `dir`, `id` (of their cluster).
-#' @seealso [startRun()], [listRuns()], [runs()]
+#' @seealso [startRun()], [listRuns()], [runs()]; [clusterDashboard()] and [clusterTop()] show the cluster of a run
 #' @examples
 #' # Not in tempdir(), which is removed when the session ends.
 #' dir <- tempfile("run", dirname(tempdir()))
