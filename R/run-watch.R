@@ -47,7 +47,7 @@ refuseEnded <- function(run) {
 answerQuestions <- function(cl) {
   for (file in list.files(runnerFile(runner$dir, "asked"), "[.]question$", full.names = TRUE)) {
     answer <- tryCatch(answerQuestion(readRDS(file), clusterHandle(cl)), error = function(e) e)
-    unlink(file)
+    unlink(file, recursive = TRUE)
     name <- sub("[.]question$", "", file)
     tryCatch(
       {
