@@ -56,7 +56,10 @@ conditionClasses <- list(
       "if it is known)."
     ),
     no_task = "A result was to be received, but no task is outstanding.",
-    dashboard_failed = "The dashboard could not be opened at this address. Fields `host`, `port`.",
+    dashboard_failed = paste(
+      "The dashboard could not be opened at this address (fields `host`, `port`), or the runner of a run does not",
+      "answer (field `dir`)."
+    ),
     busy = "The cluster is busy with another call from this session.",
     stopped = "The cluster, or this node, has been stopped.",
     forked = "The cluster belongs to the process that this one was forked from.",

@@ -21,7 +21,8 @@ askRunner <- function(run, question, timeout = 30) {
     if (proc.time()[["elapsed"]] > deadline) {
       abort(
         "dashboard_failed", "the runner of ", sQuote(run$dir), " has not answered within ", timeout, " s",
-        if (runnerState(run$dir)$state == "starting") ": its cluster starts; try again later, and see log() of the run"
+        if (runnerState(run$dir)$state == "starting") ": its cluster starts; try again later, and see log() of the run",
+        fields = list(dir = run$dir)
       )
     }
     Sys.sleep(0.02)

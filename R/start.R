@@ -173,20 +173,15 @@ tooLittleMemory <- function(agents, report) {
 hostsFailed <- function(handle, failed, tolerant, left) {
   report <- handle$report
   message <- failedHosts(report, failed)
-  fields <- list(host = report$host[failed], report = report)
+  hosts <- report$host[failed]
   if (!left || !tolerant) {
     what <- if (handle$base$hosts) "the workers could not be added: " else "the cluster could not be started: "
-    abort("start_failed", what, message, fields = fields)
+    abort("start_failed", what, message, fields = list(host = hosts, report = report))
   }
-  warning(do.call(rustclusterCondition, c(
-    list("host_left_out", paste0(
-      if (handle$base$hosts) "not all workers were added: " else {
-        "the cluster was created without some hosts or workers: "
-      },
-      message
-    )),
-    fields, type = "warning"
-  )))
+  what <- if (handle$base$hosts) "not all workers were added: " else {
+    "the cluster was created without some hosts or workers: "
+  }
+  warning(rustclusterCondition("host_left_out", paste0(what, message), host = hosts, report = report, type = "warning"))
 }
 
 # Returns the plan of each agent: what it starts. NULL for an agent that is not used.
