@@ -57,7 +57,9 @@ addWorkers <- function(cl, spec, wait = "all", setup_timeout = 120) {
   if (!is.null(handle$linger)) checkLinger(asked, length(handle$dial$launchers), "spec")
 
   if (isTRUE(settings$install)) {
-    asked$problems <- installMissing(asked$hosts, setup_timeout, settings$progress, settings$tolerant)
+    asked$problems <- installMissing(
+      asked$hosts, setup_timeout, settings$progress, settings$tolerant, is.infinite(needed)
+    )
   }
 
   launches <- lapply(asked$hosts, hostLaunch, settings$options)

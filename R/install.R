@@ -375,9 +375,9 @@ showInstalled <- function(row) {
 # Installing before a start -----------------------------------------------------------------------------
 
 # Installs on those hosts of ssh that do not have this build, for `install = TRUE`. Asks first in an interactive
-# session. With `tolerant`, the start goes on with the other hosts, and tells what the problem of a host is. Returns the
-# problems of all hosts, NA for none.
-installMissing <- function(hosts, timeout, progress, tolerant) {
+# session. With `tolerant`, the start goes on with the other hosts. If it `waits` for all hosts, it tells what the
+# problem of a host is. Returns these problems for all hosts, NA for none.
+installMissing <- function(hosts, timeout, progress, tolerant, waits) {
   problems <- rep(NA_character_, length(hosts))
   reached <- which(vapply(hosts, function(host) !host$local && is.null(host$launcher) && is.null(host$dial), NA))
   if (!length(reached)) return(problems)
@@ -391,9 +391,17 @@ installMissing <- function(hosts, timeout, progress, tolerant) {
   if (interactive()) askToInstall(report[missing, ])
   report <- installOn(targets[missing], progress = progress)
   if (!tolerant) refuseFailed(report)
-  report$problem[!is.na(report$problem)] <- paste0(
-    "rustcluster could not be installed: ", report$problem[!is.na(report$problem)]
-  )
+  failed <- which(!is.na(report$problem))
+  if (!length(failed)) return(problems)
+  # A start that does not wait for all hosts may end before it knows of these.
+  if (!waits) {
+    warning(rustclusterCondition(
+      "host_left_out", paste0("rustcluster could not be installed: ", failedHosts(report, failed)),
+      host = report$host[failed], report = report, type = "warning"
+    ))
+    return(problems)
+  }
+  report$problem[failed] <- paste0("rustcluster could not be installed: ", report$problem[failed])
   problems[reached] <- report$problem[match(reachedBy, targets[missing])]
   problems
 }

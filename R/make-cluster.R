@@ -226,7 +226,9 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   }
   needed <- neededWorkers(wait, asked$workers, isSpare(asked$hosts, asked$launchers)[asked$owner])
 
-  if (install) asked$problems <- installMissing(asked$hosts, options$setup_timeout, progress, tolerant)
+  if (install) {
+    asked$problems <- installMissing(asked$hosts, options$setup_timeout, progress, tolerant, is.infinite(needed))
+  }
 
   launches <- lapply(asked$hosts, hostLaunch, options)
   pointer <- checked(hub_start(

@@ -223,27 +223,27 @@ reportProgression <- function(condition) {
 }
 
 # Works as lapply() and reports how many elements are finished, five times a second at most. The calls of FUN are those
-# of lapply().
+# of lapply(), in whose frame a FUN may look or write: the variables that lapply() does not have are hidden.
 lapplyReporting <- function(X, FUN, ...) {
   FUN <- match.fun(FUN)
   if (!is.vector(X) || is.object(X)) X <- as.list(X)
-  values <- vector("list", length(X))
-  reported <- looked <- 0L
-  pause <- 1L
-  due <- proc.time()[["elapsed"]] + 0.2
+  .values <- vector("list", length(X))
+  .reported <- .looked <- 0L
+  .pause <- 1L
+  .due <- proc.time()[["elapsed"]] + 0.2
   for (i in seq_along(X)) {
     # No variable holds the value, which may be a missing argument.
-    values[i] <- list(forceAndCall(1L, FUN, X[[i]], ...))
-    if (i - looked < pause) next
-    now <- proc.time()[["elapsed"]]
+    .values[i] <- list(forceAndCall(1L, FUN, X[[i]], ...))
+    if (i - .looked < .pause) next
+    .now <- proc.time()[["elapsed"]]
     # Looking at the clock takes longer than a short element: look after a few of them.
-    pause <- if (now < due - 0.1) min(2L * pause, 16L) else 1L
-    looked <- i
-    if (now < due) next
-    reportProgression(structure(list(count = i - reported), class = "rustcluster_elements"))
-    reported <- i
-    due <- now + 0.2
+    .pause <- if (.now < .due - 0.1) min(2L * .pause, 16L) else 1L
+    .looked <- i
+    if (.now < .due) next
+    reportProgression(structure(list(count = i - .reported), class = "rustcluster_elements"))
+    .reported <- i
+    .due <- .now + 0.2
   }
-  names(values) <- names(X)
-  values
+  names(.values) <- names(X)
+  .values
 }

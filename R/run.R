@@ -180,7 +180,7 @@ runnerState <- function(dir) {
     # A call of clusterLapply() in a session.
     return(list(
       # A process does not see its own lock, nor what it has written into it.
-      state = "running", pid = writer$pid, attempt = state$attempt,
+      state = "running", session = TRUE, pid = writer$pid, attempt = state$attempt,
       host = if (nzchar(writer$host) || !identical(as.integer(writer$pid), Sys.getpid())) writer$host else thisHost(),
       message = "a call of clusterLapply() computes it"
     ))

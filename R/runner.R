@@ -19,6 +19,7 @@ runnerMain <- function() {
   runner$state <- readState(dir)
   runner$cancelled <- FALSE
   removeStale(dir)
+  dir.create(askedDirectory(dir, runner$state), FALSE, mode = "0700")
   updateState(pid = Sys.getpid(), started = Sys.time())
   say("runner started: process ", Sys.getpid(), " on ", thisHost(), ", ", R.version.string, ", rustcluster ",
       packageVersionText())
@@ -33,6 +34,7 @@ runnerMain <- function() {
   runner$tick <- NULL
   say(end$state, if (!is.null(end$message)) ": ", end$message)
   updateState(state = end$state, message = end$message, ended = Sys.time(), busy = 0L)
+  unlink(askedDirectory(dir, runner$state), recursive = TRUE)
   quit(save = "no", status = as.integer(end$state != "done"), runLast = FALSE)
 }
 

@@ -402,10 +402,9 @@ removeStale <- function(dir) {
   cancels <- setdiff(grep("^cancel", files, value = TRUE), basename(cancelFile(dir, runner$state)))
   new <- grep("[.][0-9]+[.]new$", files, value = TRUE)
   # Another session may be about to start a runner.
-  # A session that was killed may have asked a runner, and another one asks this one.
-  new <- c(new, file.path("asked", list.files(runnerFile(dir, "asked"))))
   old <- difftime(Sys.time(), file.mtime(runnerFile(dir, new)), units = "secs") > 3600
   unlink(runnerFile(dir, c(cancels, new[old %in% TRUE], "error.rds")))
+  unlink(runnerFile(dir, grep("^asked", files, value = TRUE)), recursive = TRUE)
   # clusterLapply() refuses a directory with other files than its own.
   unlink(list.files(dir, "^task[.]rds[.].*new$", full.names = TRUE))
 }

@@ -121,7 +121,8 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
       left <- !is.na(report$problem) & !is.na(asked$problems)
       report$problem[left] <- asked$problems[left]
       known <- !is.na(report$r_version) | !is.na(report$problem)
-      if (progress) for (i in which(known & !shown)) showHost(report, i)
+      # The installation has shown its problems.
+      if (progress) for (i in which(known & !shown & !left)) showHost(report, i)
       shown <- known
     }
     if (done || late || (any(spare) && all(known[!spare]))) break

@@ -99,7 +99,9 @@ topStatus <- function(figures) {
   )
   job <- figures$job
   warn <- c(
-    if (!is.null(job) && job$failed > 0) paste(counted(job$failed, job$noun), "of this call failed"),
+    if (!is.null(job) && job$failed > 0) {
+      paste(counted(job$failed, job$failed_noun), "of", if (job$ended) "the last" else "this", "call failed")
+    },
     # A worker failure that is not retried is an error of the whole call.
     if (!is.null(job) && job$ended && job$done < job$tasks) "this call ended early",
     if (count("rs")) paste(counted(count("rs"), "worker"), "starting or being restored"),

@@ -339,7 +339,9 @@ test_that("a viewer is preferred to the browser", {
   expect_identical(shown, list(viewer = address, browser = address))
   # A session over ssh may have none of them.
   options(browser = "")
-  expect_message(expect_message(clusterDashboard(cl, browse = TRUE), address, fixed = TRUE), "browser could not be started")
+  expect_message(
+    expect_message(clusterDashboard(cl, browse = TRUE), address, fixed = TRUE), "browser could not be started"
+  )
   options(viewer = function(url) stop("no display"))
   expect_message(expect_identical(clusterDashboard(cl, browse = TRUE), address), paste0(address, ".*no display"))
 })
@@ -438,8 +440,16 @@ test_that("a run shows the cluster of its runner", {
   expect_error(
     clusterDashboard(run, browse = FALSE, port = taken), paste("port", taken), class = "rustcluster_dashboard_failed"
   )
-  asked <- file.path(dir, "runner", "asked")
+  asked <- list.files(file.path(dir, "runner"), "^asked-", full.names = TRUE)
+  expect_length(asked, 1L)
   expect_identical(list.files(asked), character())
+  # What is no question does not disturb the run.
+  system2("mkfifo", shQuote(file.path(asked, "pipe.question")))
+  dir.create(file.path(asked, "directory.question"))
+  writeLines("x", file.path(asked, "text.question"))
+  saveRDS(1, file.path(asked, "number.question"))
+  expect_identical(clusterDashboard(run, browse = FALSE, host = "0.0.0.0"), moved)
+  expect_true(wait_until(function() !length(list.files(asked, "question$"))))
   expect_identical(file.mode(file.path(dir, "runner")), as.octmode("700"))
   file.create(gate)
   expect_identical(run$wait(60), "done")
@@ -449,6 +459,8 @@ test_that("a run shows the cluster of its runner", {
     expect_match(conditionMessage(error), "is done, and has no cluster any more", fixed = TRUE)
   }
   expect_false(is_listening(sub("//[^:]*:", "//127.0.0.1:", moved)))
+  expect_false(dir.exists(asked))
+  expect_identical(as.list(run$results()), as.list(1:4))
 
   cl <- local_cluster(1)
   other <- tempfile("run-")

@@ -352,6 +352,12 @@ test_that("a start with `install = TRUE` installs what is missing", {
   expect_identical(warned[[1L]]$host, "127.0.0.2")
   expect_match(conditionMessage(warned[[1L]]), "rustcluster could not be installed: .*/proc/nowhere cannot be created")
   expect_match(clusterHosts(cl)$problem[[1L]], "/proc/nowhere cannot be created")
+  # A start that does not wait for all hosts tells it, too.
+  expect_warning(
+    cl <- local_cluster(wrong, rshcmd = ssh$rshcmd, install = TRUE, on_failure = "warn", wait = 1),
+    "/proc/nowhere cannot be created", class = "rustcluster_host_left_out"
+  )
+  expect_identical(suppressWarnings(clusterCall(cl[2], function() 17)), list(17))
 })
 
 test_that("an interactive session asks before it installs", {

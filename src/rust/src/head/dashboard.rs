@@ -117,6 +117,7 @@ fn hub_figures(handle: Robj) -> Robj {
                     tasks = all as f64,
                     done = done as f64,
                     failed = job.failed() as f64,
+                    failed_noun = job.failed_noun(),
                     seconds = figures.job_seconds(job),
                     ended = job.ended.is_some(),
                     store = store

@@ -111,6 +111,14 @@ impl JobView {
         }
     }
 
+    /// What one of those is called that have failed.
+    pub fn failed_noun(&self) -> &str {
+        match self.chunks {
+            Some(_) => "chunk",
+            None => &self.noun,
+        }
+    }
+
     /// Number of tasks that have failed.
     pub fn failed(&self) -> u64 {
         self.errors + self.gauge.unanswered.load(Ordering::Relaxed) as u64

@@ -502,6 +502,7 @@ impl Figures {
         json.name("failed").number(job.failed());
         json.name("seconds").decimal(self.job_seconds(job));
         json.name("ended").flag(job.ended.is_some());
+        json.name("failedNoun").text(job.failed_noun());
         if let Some(store) = &job.store {
             let (waiting, trouble) = store.gauge.read();
             json.name("store").open('{');
