@@ -52,7 +52,7 @@ local_sshd <- function(.frame = parent.frame(), config = character()) {
   if (Sys.info()[["effective_user"]] == "root") dir.create("/run/sshd", FALSE)
   status <- system2(sshd_path(), c("-f", path("sshd_config"), "-E", path("log")))
   if (status != 0L) skip(paste("sshd did not start:", paste(readLines(path("log")), collapse = "; ")))
-  wait_until(function() file.exists(path("pid")))
+  wait_until(function() isTRUE(file.size(path("pid")) > 0))
   pid <- as.integer(readLines(path("pid")))
   do.call("on.exit", list(bquote({
     tools::pskill(.(pid))
