@@ -394,6 +394,20 @@ mod tests {
 
     const NOW: Moment = Duration::from_secs(1);
 
+    fn job_of(tasks: usize) -> JobView {
+        JobView {
+            id: 7,
+            noun: "task".into(),
+            tasks,
+            chunks: None,
+            gauge: Arc::default(),
+            began: NOW,
+            ended: None,
+            errors: 0,
+            store: None,
+        }
+    }
+
     #[test]
     fn equal_failures_are_one_and_the_oldest_are_dropped() {
         let mut board = Board::default();
@@ -444,18 +458,7 @@ mod tests {
     #[test]
     fn errors_count_in_the_job_that_runs() {
         let mut board = Board::default();
-        let job = JobView {
-            id: 7,
-            noun: "task".into(),
-            tasks: 10,
-            chunks: None,
-            gauge: Arc::default(),
-            began: NOW,
-            ended: None,
-            errors: 0,
-            store: None,
-        };
-        board.begin(job);
+        board.begin(job_of(10));
         board.task_failed(0, "no", NOW);
         board.timed_out(0, "iteration 7\n", NOW);
         assert_eq!(
@@ -473,17 +476,7 @@ mod tests {
 
     #[test]
     fn elements_of_chunks_count_instead_of_tasks() {
-        let mut job = JobView {
-            id: 7,
-            noun: "task".into(),
-            tasks: 2,
-            chunks: None,
-            gauge: Arc::default(),
-            began: NOW,
-            ended: None,
-            errors: 0,
-            store: None,
-        };
+        let mut job = job_of(2);
         job.gauge.set(1);
         assert_eq!(job.counted(), ("task", 2, 1));
         job.chunks = Some(Chunks {
