@@ -475,6 +475,11 @@ async fn admit(
         ),
     };
     let (node, job) = (introduction.hostname.clone(), introduction.job.clone());
+    // Before the agent knows it.
+    if waiting.is_none() {
+        info!(launcher, %peer, node, job, ?verdict, "agent refused");
+        shared_core.core().dial_back.counts.refused += 1;
+    }
     let mut out = Vec::new();
     let given = async {
         let transport = noise.finish(&verdict, &mut out).map_err(io::Error::other)?;
@@ -489,8 +494,6 @@ async fn admit(
     };
     let given = given.await;
     let Some(waiting) = waiting else {
-        info!(launcher, %peer, node, job, ?verdict, "agent refused");
-        shared_core.core().dial_back.counts.refused += 1;
         return;
     };
     let mut core = shared_core.core();
