@@ -72,7 +72,10 @@ applyGroup <- function(fun, elements, common, seeds) {
     args <- c(list(element), mine[[2L]])
     caught(
       list(value = if (is.null(seed)) do.call(fun, args, quote = TRUE) else runSeeded(fun, args, seed)),
-      failed = function(e) list(error = e)
+      failed = function(e) {
+        tellError(e)
+        list(error = e)
+      }
     )
   }
   list(value = Map(one, elements, seeds))

@@ -284,7 +284,10 @@ beginLoop <- function(expr, exports, packages, caller, attached) {
 
 runIteration <- function(args) {
   for (name in names(args)) assign(name, args[[name]], loop$variables)
-  tryCatch(eval(loop$expr, loop$variables), error = identity)
+  tryCatch(eval(loop$expr, loop$variables), error = function(e) {
+    tellError(e)
+    e
+  })
 }
 
 # As runIteration(), but an error is that of the task, so that the store knows it.

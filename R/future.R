@@ -543,6 +543,13 @@ relayProgressEvents <- function(future) {
   }
 }
 
+# Runs in a worker: tells the head of the error of a future, which future has caught.
+tellFutureError <- function(result) {
+  isError <- function(one) inherits(one$condition, "error")
+  found <- tryCatch(Find(isError, result$conditions), error = function(e) NULL)
+  if (!is.null(found)) tellError(found$condition)
+}
+
 # Runs in a worker: sends a condition to the head. Returns FALSE, so that future does not record the condition.
 relayToHead <- function(condition) {
   base::asNamespace("rustcluster")$report(condition)

@@ -131,11 +131,14 @@ evaluateCall <- function(expr, variables, globals, packages) {
       for (package in packages) library(package, character.only = TRUE)
       list2env(globals, globalenv())
       envir <- list2env(variables, parent = globalenv())
-      list(value = eval(expr, envir))
+      value <- eval(expr, envir)
+      if (inherits(value, "FutureResult")) tellFutureError(value)
+      list(value = value)
     },
     failed = function(e) {
       # This call is internal: users have not made it.
       if (identical(e$call, quote(eval(expr, envir)))) e["call"] <- list(NULL)
+      tellError(e)
       structure(list(error = e), class = "rustcluster_raised")
     }
   )

@@ -136,3 +136,9 @@ answerFailure <- function(e, text, interrupted = FALSE) {
   checked(failure)
   TRUE
 }
+
+# Tells the head of an error that the task catches and returns, so that pages show it. Nothing that fails here is an
+# error of the task.
+tellError <- function(e) {
+  tryCatch(worker_raised(conditionMessage(e)), error = function(e) NULL)
+}

@@ -397,6 +397,63 @@ test_that("a task that exceeds its time limit is shown with the output of its wo
   expect_match(capture.output(clusterTop(cl)), "    iteration 1[78]", all = FALSE)
 })
 
+test_that("errors are shown when they are raised, with what their tasks have printed", {
+  cl <- local_cluster(2)
+  failures <- function() rustcluster:::topFigures(cl[[1L]][["handle"]])$failures
+  found <- function(text) Filter(function(failure) failure$text == text, failures())
+  shown <- function(text, count = 1) {
+    expect_identical(
+      lapply(found(text), `[`, c("kind", "output", "count")),
+      list(list(kind = "error", output = paste("before", text), count = count))
+    )
+  }
+  fail <- global(function(i, text) {
+    cat("before", text)
+    stop(text)
+  })
+  expect_error(parLapply(cl, 1, fail, "parLapply"), "parLapply")
+  shown("parLapply")
+  expect_error(clusterCall(cl, fail, 1, "clusterCall"), "clusterCall")
+  shown("clusterCall", 2)
+  expect_error(clusterEvalQ(cl, {
+    cat("before clusterEvalQ")
+    stop("clusterEvalQ")
+  }))
+  shown("clusterEvalQ", 2)
+  clusterLapply(cl, 1:40, fail, "clusterLapply", .errors = "return")
+  shown("clusterLapply", 40)
+  # Nobody asks for the values of these.
+  call <- clusterSubmit(cl, fail(1, "clusterSubmit"), fail = fail)
+  job <- clusterLapplyAsync(cl, 1:3, fail, "clusterLapplyAsync")
+  wait_until(function() length(found("clusterSubmit")) && length(found("clusterLapplyAsync")))
+  expect_error(call$value(), "clusterSubmit")
+  expect_error(job$value(), "clusterLapplyAsync")
+  shown("clusterSubmit")
+  shown("clusterLapplyAsync", 3)
+  # parallel takes the value of try() for an error, too.
+  expect_error(clusterApply(cl, 1, function(i) try(stop("returned"), silent = TRUE)))
+  expect_identical(vapply(found("Error in try(stop(\"returned\"), silent = TRUE) : returned"), `[[`, 0, "count"), 1)
+})
+
+test_that("errors of loops and futures are shown and counted", {
+  skip_if_not_installed("foreach")
+  skip_if_not_installed("future")
+  cl <- local_cluster(2)
+  registerDoRustCluster(cl)
+  withr::defer(foreach::registerDoSEQ())
+  `%dopar%` <- foreach::`%dopar%`
+  values <- foreach::foreach(i = 1:4, .errorhandling = "pass") %dopar% if (i > 1) stop("in the loop") else i
+  expect_s3_class(values[[2L]], "error")
+  figures <- rustcluster:::topFigures(cl[[1L]][["handle"]])
+  expect_identical(figures$counts[[1L]], 3)
+  expect_identical(figures$job$failed, 3)
+  future::plan(cluster_rust, workers = cl)
+  withr::defer(future::plan("sequential"))
+  expect_error(future::value(future::future(stop("in the future"))), "in the future")
+  texts <- vapply(rustcluster:::topFigures(cl[[1L]][["handle"]])$failures, `[[`, "", "text")
+  expect_identical(texts, c("in the loop", "in the future"))
+})
+
 test_that("clusterTop() shows the calls that run, and not the one before them", {
   cl <- local_cluster(2)
   gate <- tempfile("gate-")

@@ -108,3 +108,9 @@ int rustcluster_is_error(void *value)
 {
     return Rf_isObject((SEXP) value) && Rf_inherits((SEXP) value, "try-error");
 }
+
+/* Returns whether an object is the answer of a worker to a task that has raised an error. */
+int rustcluster_is_raised(void *value)
+{
+    return Rf_isObject((SEXP) value) && Rf_inherits((SEXP) value, "snow-try-error");
+}

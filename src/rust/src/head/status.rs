@@ -2,17 +2,19 @@
 
 use super::handle::{Cluster, SLICE, rank_of, with_cluster};
 use crate::r::failure::Failure;
+use crate::r::first_string;
 use extendr_api::prelude::*;
-use extendr_ffi::{LENGTH, R_CHAR, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT};
+use extendr_ffi::{LENGTH, SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT};
 use rustcluster_core::head::activity::{ActivityKind, Interval, Moment, WorkerStats};
 use rustcluster_core::head::hub::state_name;
 use rustcluster_core::head::scheduler::events::State;
 use rustcluster_core::protocol::ids::{Rank, TaskId};
-use std::ffi::{CStr, c_int, c_void};
+use std::ffi::{c_int, c_void};
 use std::time::Duration;
 
 unsafe extern "C" {
     fn rustcluster_is_error(value: *mut c_void) -> c_int;
+    fn rustcluster_is_raised(value: *mut c_void) -> c_int;
 }
 
 /// Records the error that is the result of a task of this worker: a value of class `"try-error"`.
@@ -20,13 +22,15 @@ unsafe extern "C" {
 /// # Safety
 /// Must be called on R's thread, with a live value. R does not jump.
 pub unsafe fn note_error(cluster: &Cluster, rank: Rank, value: SEXP) {
-    // SAFETY: guaranteed by the caller; type and length are checked before the element is read.
-    unsafe {
-        if TYPEOF(value) == SEXPTYPE::STRSXP && LENGTH(value) > 0 {
-            let text = CStr::from_ptr(R_CHAR(STRING_ELT(value, 0)));
-            let text = text.to_string_lossy();
-            cluster.hub.borrow().failed(rank, text.trim_end());
-        }
+    // SAFETY: guaranteed by the caller.
+    let (text, raised) = unsafe {
+        (
+            first_string(value),
+            rustcluster_is_raised(value.cast()) != 0,
+        )
+    };
+    if let Some(text) = text {
+        cluster.hub.borrow().failed(rank, text.trim_end(), raised);
     }
 }
 

@@ -6,6 +6,7 @@ use crate::codec::mapped::{self, MappedAnswer, Mapper};
 use crate::codec::stream::{self, Format, Sink, Source};
 use crate::codec::{batch, plain};
 use crate::r::failure::Failure;
+use crate::r::first_string;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT};
@@ -568,6 +569,12 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
         if !with_channel(|channel| Ok(channel.is_busy()))? {
             return Err(io::Error::other("there is no task to be answered").into());
         }
+        // Only the head interrupts tasks, and knows it.
+        if !interrupted {
+            // SAFETY: this runs on R's thread; the Robj keeps the object alive.
+            let text = unsafe { first_string(value.get()) }.unwrap_or_default();
+            with_channel(|channel| channel.raised(text.trim_end()))?;
+        }
         let batch = INTERRUPTED.take();
         let mut failed = FailedTask {
             // SAFETY: the Robj keeps the object alive.
@@ -599,6 +606,16 @@ fn worker_report(bytes: Raw) -> Robj {
         Ok(sent) => sent.into(),
         Err(_) => false.into(),
     }
+}
+
+/// In a worker, tells the head of an error that the current task has raised and whose answer is a value. Returns
+/// whether there is a channel to the head.
+/// @noRd
+#[extendr]
+fn worker_raised(message: &str) -> Robj {
+    with_channel(|channel| channel.raised(message.trim_end()))
+        .is_ok()
+        .into()
 }
 
 struct FailedTask {
@@ -642,5 +659,6 @@ extendr_module! {
     fn worker_ready;
     fn worker_serve;
     fn worker_fail;
+    fn worker_raised;
     fn worker_report;
 }

@@ -579,12 +579,20 @@ impl Agent {
                     }
                 }
                 Act::Report(mut message) => {
-                    if let ToHead::TimedOut { worker, output, .. } = &mut message {
-                        self.read_output(*worker);
-                        let process = self.workers[*worker as usize].as_ref();
-                        *output = process
-                            .map(|process| process.tail.text())
-                            .unwrap_or_default();
+                    match &mut message {
+                        ToHead::TimedOut { worker, output, .. } => {
+                            self.read_output(*worker);
+                            if let Some(process) = &self.workers[*worker as usize] {
+                                *output = process.tail.text();
+                            }
+                        }
+                        ToHead::TaskFailed { worker, output, .. } => {
+                            self.read_output(*worker);
+                            if let Some(process) = &mut self.workers[*worker as usize] {
+                                *output = process.tail.take_fresh();
+                            }
+                        }
+                        _ => {}
                     }
                     self.report(&message);
                 }

@@ -10,6 +10,7 @@ use super::Agent;
 use crate::platform::process;
 use crate::protocol::control::ToHead;
 use crate::protocol::handshake::ENDS_WITH_HEAD;
+use crate::protocol::truncate;
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::time::Duration;
@@ -310,11 +311,7 @@ fn command_text(bytes: &[u8]) -> String {
     let mut text: String = text.chars().map(blank).collect();
     if text.len() > COMMAND {
         let dots = "...";
-        let cut = (0..=COMMAND - dots.len())
-            .rev()
-            .find(|&at| text.is_char_boundary(at));
-        text.truncate(cut.unwrap_or(0));
-        text.push_str(dots);
+        text = truncate::beginning(&text, COMMAND - dots.len()).to_owned() + dots;
     }
     text
 }

@@ -23,18 +23,34 @@ const STDERR_TAIL: usize = 4 * 1024;
 
 /// The last [`STDERR_TAIL`] bytes of a worker's output.
 #[derive(Debug, Default)]
-pub struct Tail(VecDeque<u8>);
+pub struct Tail {
+    bytes: VecDeque<u8>,
+    /// The number of bytes at the end that have not been taken.
+    fresh: usize,
+}
 
 impl Tail {
     pub fn push(&mut self, bytes: &[u8]) {
         let bytes = &bytes[bytes.len().saturating_sub(STDERR_TAIL)..];
-        let excess = (self.0.len() + bytes.len()).saturating_sub(STDERR_TAIL);
-        self.0.drain(..excess);
-        self.0.extend(bytes);
+        let excess = (self.bytes.len() + bytes.len()).saturating_sub(STDERR_TAIL);
+        self.bytes.drain(..excess);
+        self.bytes.extend(bytes);
+        self.fresh = (self.fresh + bytes.len()).min(STDERR_TAIL);
     }
 
     pub fn text(&self) -> String {
-        let bytes: Vec<u8> = self.0.iter().copied().collect();
+        self.last(self.bytes.len())
+    }
+
+    /// What was written since the last call.
+    pub fn take_fresh(&mut self) -> String {
+        let fresh = std::mem::take(&mut self.fresh);
+        self.last(fresh)
+    }
+
+    fn last(&self, len: usize) -> String {
+        let start = self.bytes.len().saturating_sub(len);
+        let bytes: Vec<u8> = self.bytes.range(start..).copied().collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 }
@@ -297,6 +313,10 @@ mod tests {
         assert!(tail.text().ends_with("xend"));
         tail.push(&[b'y'; 3 * STDERR_TAIL]);
         assert_eq!(tail.text(), "y".repeat(STDERR_TAIL));
+        assert_eq!(tail.take_fresh(), tail.text());
+        tail.push(b"new");
+        assert_eq!((&*tail.take_fresh(), &*tail.take_fresh()), ("new", ""));
+        assert!(tail.text().ends_with("ynew"));
     }
 
     #[test]

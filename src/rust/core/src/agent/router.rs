@@ -19,6 +19,7 @@ use crate::protocol::frame::{
 };
 use crate::protocol::ids::{BlobId, RESTORE};
 use crate::protocol::limits::MAX_RESULT_MEMORY;
+use crate::protocol::truncate;
 use bytes::{Buf, Bytes, BytesMut};
 use std::time::Duration;
 
@@ -304,7 +305,7 @@ impl Router {
                 let message = control::decode(&frame.body).map_err(text)?;
                 self.on_message(&message, now, acts)?;
             }
-            Kind::Output | Kind::Cancel | Kind::ProgressEvent => {
+            Kind::Output | Kind::Cancel | Kind::ProgressEvent | Kind::TaskError => {
                 return Err(ProtocolError("a frame that is not for an agent".into()));
             }
         }
@@ -479,17 +480,32 @@ impl Router {
                 Kind::Seed => self.on_seed(header, &body, acts),
                 // The head drops progress events that it does not want.
                 Kind::ProgressEvent => {
-                    if header.task & REPLAY == 0
-                        && self.worker_table.task(worker) == Some(header.task)
-                    {
+                    if self.is_for_head(&header) {
                         let body = body.freeze();
                         acts.push(Act::ToHead(Frame { header, body }));
+                    }
+                }
+                Kind::TaskError => {
+                    if self.is_for_head(&header) {
+                        let message = String::from_utf8_lossy(&body);
+                        acts.push(Act::Report(ToHead::TaskFailed {
+                            worker,
+                            task: header.task,
+                            text: truncate::beginning(&message, truncate::MAX_ERROR).to_owned(),
+                            output: String::new(),
+                        }));
                     }
                 }
                 _ => return Err(ProtocolError("a frame that is not for an agent".into())),
             }
         }
         Ok(())
+    }
+
+    /// Whether the head waits for the task of this frame of a worker.
+    fn is_for_head(&self, header: &Header) -> bool {
+        let its = self.worker_table.task(header.worker);
+        header.task & REPLAY == 0 && its == Some(header.task)
     }
 
     fn on_answer(&mut self, header: &Header, route: Route, body: BytesMut, acts: &mut Vec<Act>) {

@@ -3,6 +3,7 @@
 //! Pure: the caller supplies the time. The history of a worker has a bounded number of intervals, however long it
 //! becomes, because intervals that are short compared to the whole history are merged (see [`WorkerStats::push`]).
 
+use crate::protocol::truncate;
 use std::time::Duration;
 
 /// The time since the cluster was started.
@@ -16,9 +17,6 @@ pub const MAX_FAILURES: usize = 50;
 
 /// The initial resolution: shorter intervals are always merged.
 const MIN_RESOLUTION: Duration = Duration::from_millis(1);
-
-/// Maximum length of a recorded error message, in bytes.
-const MAX_TEXT: usize = 1000;
 
 /// The error message of a worker whose task exceeded its time limit.
 pub const TOO_LONG: &str = "a task exceeded its time limit";
@@ -173,11 +171,7 @@ impl WorkerStats {
 
     /// Records the error of a task of the worker.
     pub fn failed(&mut self, why: &str) {
-        let mut end = why.len().min(MAX_TEXT);
-        while !why.is_char_boundary(end) {
-            end -= 1;
-        }
-        self.error = why.get(..end).map(str::to_owned);
+        self.error = Some(truncate::beginning(why, truncate::MAX_ERROR).to_owned());
     }
 
     /// Records that the worker is available again.
@@ -323,10 +317,13 @@ pub(super) mod tests {
     #[test]
     fn long_texts_are_cut_between_characters() {
         let mut stats = WorkerStats::default();
-        stats.failed(&"é".repeat(MAX_TEXT));
-        assert_eq!(stats.error, Some("é".repeat(MAX_TEXT / 2)));
-        stats.failed(&format!("x{}", "é".repeat(MAX_TEXT)));
-        assert_eq!(stats.error.map(|text| text.len()), Some(MAX_TEXT - 1));
+        stats.failed(&"é".repeat(truncate::MAX_ERROR));
+        assert_eq!(stats.error, Some("é".repeat(truncate::MAX_ERROR / 2)));
+        stats.failed(&format!("x{}", "é".repeat(truncate::MAX_ERROR)));
+        assert_eq!(
+            stats.error.map(|text| text.len()),
+            Some(truncate::MAX_ERROR - 1)
+        );
     }
 
     proptest! {

@@ -15,7 +15,7 @@ use std::fmt;
 use std::time::Duration;
 
 /// Version of the wire protocol. Head and agent must have the same.
-pub const PROTOCOL: u32 = 12;
+pub const PROTOCOL: u32 = 13;
 
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::config::standard()
     .with_little_endian()
@@ -395,6 +395,17 @@ pub enum ToHead {
         /// The task that exceeded its time limit.
         task: u64,
         /// The end of what the worker has written to its standard output and standard error.
+        output: String,
+    },
+    /// The task raised an error. Its answer follows.
+    TaskFailed {
+        /// The worker's index on its host.
+        worker: u32,
+        /// The task.
+        task: u64,
+        /// The beginning of the message of the error.
+        text: String,
+        /// The end of what the worker has written to its standard output and standard error since its last error.
         output: String,
     },
     /// The set-up log of this worker exceeds the limit: the worker will not be replaced.

@@ -76,6 +76,9 @@ pub enum Kind {
     /// Towards an agent: the time limit of `task`, whose message comes next, from when its worker
     /// has the whole message. The body, 8 bytes, is a number of microseconds.
     Limit = 10,
+    /// From a worker: its task has raised an error. The body is the message in UTF-8. The answer, which follows,
+    /// contains the error, too, but only R can read that.
+    TaskError = 11,
 }
 
 impl Kind {
@@ -91,6 +94,7 @@ impl Kind {
             8 => Kind::Blob,
             9 => Kind::ProgressEvent,
             10 => Kind::Limit,
+            11 => Kind::TaskError,
             _ => return None,
         })
     }

@@ -13,3 +13,4 @@ pub mod limits;
 pub mod noise;
 pub mod send_queue;
 pub mod setup_calls;
+pub mod truncate;

@@ -12,6 +12,7 @@
 //! An empty message ends a direction of the stream, so that nobody else can end the stream unnoticed.
 
 use crate::protocol::control::PROTOCOL;
+use crate::protocol::truncate;
 use snow::{Builder, HandshakeState, TransportState};
 use std::sync::Arc;
 use zeroize::Zeroizing;
@@ -79,8 +80,8 @@ impl Introduction {
         Introduction {
             protocol: PROTOCOL,
             incarnation,
-            hostname: truncated(hostname, MAX_TEXT).to_owned(),
-            job: truncated(job, MAX_TEXT).to_owned(),
+            hostname: truncate::beginning(hostname, MAX_TEXT).to_owned(),
+            job: truncate::beginning(job, MAX_TEXT).to_owned(),
             lingers: String::new(),
         }
     }
@@ -89,7 +90,7 @@ impl Introduction {
         let mut bytes = self.protocol.to_le_bytes().to_vec();
         bytes.extend(self.incarnation);
         for text in [&self.hostname, &self.job, &self.lingers] {
-            let text = truncated(text, MAX_TEXT);
+            let text = truncate::beginning(text, MAX_TEXT);
             bytes.push(text.len() as u8);
             bytes.extend(text.as_bytes());
         }
@@ -127,12 +128,6 @@ impl Introduction {
     }
 }
 
-fn truncated(text: &str, max_bytes: usize) -> &str {
-    let end = (0..=max_bytes.min(text.len())).rev();
-    let end = end.into_iter().find(|&at| text.is_char_boundary(at));
-    text.get(..end.unwrap_or(0)).unwrap_or_default()
-}
-
 /// The head's answer to an authenticated dialer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -151,7 +146,7 @@ impl Verdict {
             Verdict::NotNeeded(reason) => (1, reason.as_str()),
             Verdict::Refused(reason) => (2, reason.as_str()),
         };
-        [&[kind], truncated(reason, MAX_REASON).as_bytes()].concat()
+        [&[kind], truncate::beginning(reason, MAX_REASON).as_bytes()].concat()
     }
 
     fn decode(bytes: &[u8]) -> Option<Verdict> {

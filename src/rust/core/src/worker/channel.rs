@@ -15,6 +15,7 @@ use crate::protocol::frame::{
 };
 use crate::protocol::ids::{BlobId, TaskId};
 use crate::protocol::send_queue::OutBuf;
+use crate::protocol::truncate;
 use bytes::{Bytes, BytesMut};
 use memmap2::MmapOptions;
 use std::collections::VecDeque;
@@ -431,6 +432,21 @@ impl Channel {
         Ok(true)
     }
 
+    /// Tells the head that the current task has raised an error with this message: see [`Kind::TaskError`].
+    ///
+    /// # Errors
+    /// When the agent has terminated.
+    pub fn raised(&mut self, message: &str) -> io::Result<()> {
+        // A fork of the worker inherits the channel and must not use it.
+        let Some(task) = self.task.filter(|_| self.owner == std::process::id()) else {
+            return Ok(());
+        };
+        let text = truncate::beginning(message, truncate::MAX_ERROR);
+        let body = Bytes::copy_from_slice(text.as_bytes());
+        let frame = Frame::new(Kind::TaskError, 0, self.index, task, body);
+        self.write(&[&frame])
+    }
+
     fn flush(&mut self, task: TaskId, last: bool) -> io::Result<()> {
         let first = !std::mem::replace(&mut self.answer_started, true);
         let flags = if first { FIRST } else { 0 } | if last { LAST } else { 0 };
@@ -679,5 +695,21 @@ mod tests {
         // The last copy of the other end is closed.
         let end = fd::recv(mine.as_raw_fd(), &mut [0; 9], &mut Vec::new(), true);
         assert_eq!(end.unwrap(), 0);
+    }
+
+    #[test]
+    fn errors_of_tasks_are_told_and_cut() {
+        let (agent, mut channel) = Agent::new();
+        channel.raised("no task").unwrap();
+        agent.send(&data(3, FIRST | LAST, b"task"), None);
+        channel.next_task().unwrap().unwrap();
+        channel.raised(&"é".repeat(truncate::MAX_ERROR)).unwrap();
+        let (mut buffer, mut received) = ([0; 2000], BytesMut::new());
+        let n = fd::recv(agent.0.as_raw_fd(), &mut buffer, &mut Vec::new(), true).unwrap();
+        received.extend_from_slice(&buffer[..n]);
+        let frame = frame::decode(&mut received).unwrap().unwrap();
+        assert_eq!((frame.header.kind, frame.header.task), (Kind::TaskError, 3));
+        let text = "é".repeat(truncate::MAX_ERROR / 2);
+        assert_eq!((&frame.body[..], received.len()), (text.as_bytes(), 0));
     }
 }

@@ -716,6 +716,7 @@ impl Sim {
                 | Note::Usage { .. }
                 | Note::Dump { .. }
                 | Note::ProgressEvent { .. }
+                | Note::TaskFailed { .. }
                 | Note::LeftBehind { .. }
                 | Note::Failed { .. }
                 | Note::StartFailed { .. } => {

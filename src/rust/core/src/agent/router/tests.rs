@@ -625,3 +625,35 @@ fn a_call_has_the_same_digest_with_and_without_a_blob() {
     };
     assert!(calls.len() == 2 && calls[0] == calls[1], "{calls:?}");
 }
+
+#[test]
+fn errors_are_reported_for_the_task_that_runs() {
+    let mut router = up();
+    let raised = |task, text: &'static str| {
+        Frame::new(
+            Kind::TaskError,
+            0,
+            0,
+            task,
+            Bytes::from_static(text.as_bytes()),
+        )
+    };
+    assert!(from_worker(&mut router, &[raised(5, "no task")]).is_empty());
+    from_head(&mut router, data(5, b"task"));
+    let acts = from_worker(&mut router, &[raised(4, "other"), raised(5, "no")]);
+    let [
+        Act::Report(ToHead::TaskFailed {
+            worker: 0,
+            task: 5,
+            text,
+            ..
+        }),
+    ] = &acts[..]
+    else {
+        panic!("{acts:?}");
+    };
+    assert_eq!(text, "no");
+    // The error ends no task.
+    let acts = from_worker(&mut router, &[data(5, b"answer")]);
+    assert!(acts.iter().any(|act| matches!(act, Act::ToHead(_))));
+}

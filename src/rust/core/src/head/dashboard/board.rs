@@ -2,22 +2,23 @@
 //! exports. It is in limited memory, and is recorded when something happens that happens seldom.
 
 use crate::head::activity::{Moment, TOO_LONG};
-use crate::head::scheduler::events::{Note, Termination};
+use crate::head::scheduler::events::{Note, Outcome, Termination};
 use crate::platform::exit::Exit;
 use crate::protocol::control::WorkerFailure;
-use crate::protocol::ids::{JobId, Rank};
+use crate::protocol::ids::{JobId, Rank, TaskId};
+use crate::protocol::truncate;
 use crate::store::Gauge;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::Notify;
 
 /// Maximum number of different failures.
 const MAX_FAILURES: usize = 50;
-/// Maximum length of the text of a failure, in bytes.
-const MAX_TEXT: usize = 1000;
 /// Maximum length of the output that belongs to a failure, in bytes.
 const MAX_OUTPUT: usize = 4000;
+/// Maximum number of running tasks whose errors are counted.
+const MAX_FAILING: usize = 10_000;
 /// Maximum number of exports.
 const MAX_EXPORTS: usize = 200;
 
@@ -91,7 +92,7 @@ pub struct JobView {
     pub began: Moment,
     /// When the job ended, if it has.
     pub ended: Option<Moment>,
-    /// Number of answers that are errors.
+    /// Number of errors in answers.
     pub errors: u64,
     /// Where the results are stored, if they are.
     pub store: Option<StoreView>,
@@ -190,6 +191,8 @@ pub struct Board {
     changes: u64,
     ids: u64,
     counts: [u64; FailureKind::ALL.len()],
+    /// The number of errors of running tasks. They count in the job with the answer: tasks whose worker fails run again.
+    failing: HashMap<TaskId, u64>,
     exports: BTreeMap<String, u64>,
     export_changes: u64,
     /// What R knows of batch jobs: the index of the host, the job's id and its state.
@@ -233,13 +236,33 @@ impl Board {
         (&self.exports, self.export_changes)
     }
 
-    /// A task of this worker raised an error.
-    pub fn task_failed(&mut self, rank: Rank, text: &str, now: Moment) {
+    /// The answer to a task of this worker is an error that the task has not raised: the value of `try()`, for example.
+    pub fn error_returned(&mut self, rank: Rank, text: &str, now: Moment) {
         let job = self.job.as_mut().filter(|job| job.ended.is_none());
         if let Some(job) = job {
             job.errors += 1;
         }
         self.add(FailureKind::Error, Some(rank), None, text, "", now);
+    }
+
+    /// A task of this worker raised an error.
+    fn error_raised(&mut self, rank: Rank, task: TaskId, text: &str, output: &str, now: Moment) {
+        if self.failing.len() == MAX_FAILING {
+            self.failing.clear();
+        }
+        *self.failing.entry(task).or_default() += 1;
+        self.add(FailureKind::Error, Some(rank), None, text, output, now);
+    }
+
+    fn ended(&mut self, task: TaskId, job: JobId, outcome: &Outcome) {
+        let errors = self.failing.remove(&task).unwrap_or_default();
+        let job = self
+            .job
+            .as_mut()
+            .filter(|now| now.id == job && now.ended.is_none());
+        if let (Some(job), Outcome::Answer(_)) = (job, outcome) {
+            job.errors += errors;
+        }
     }
 
     /// A task of this worker exceeded its time limit. The job itself counts tasks without an answer.
@@ -293,6 +316,21 @@ impl Board {
                 _ => return false,
             },
             Note::TimedOut { rank, output } => self.timed_out(*rank, output, now()),
+            Note::TaskFailed {
+                rank,
+                task,
+                text,
+                output,
+            } => self.error_raised(*rank, *task, text, output, now()),
+            Note::Done {
+                task, job, outcome, ..
+            } => {
+                // Fast path: most tasks raise no error.
+                if !self.failing.is_empty() {
+                    self.ended(*task, *job, outcome);
+                }
+                return false;
+            }
             Note::LeftOut { agent, reason } => self.host_failed(*agent, reason, "", now()),
             _ => return false,
         }
@@ -311,12 +349,18 @@ impl Board {
         self.counts[kind as usize] += 1;
         self.changes += 1;
         let (text, output) = (
-            cut(text.trim_end(), MAX_TEXT),
-            tail(output.trim_end(), MAX_OUTPUT),
+            truncate::beginning(text.trim_end(), truncate::MAX_ERROR),
+            truncate::end(output.trim_end(), MAX_OUTPUT),
         );
         let same = |failure: &Failure| {
-            let by_worker = matches!(kind, FailureKind::Worker | FailureKind::Timeout);
-            let same_output = failure.output == output || by_worker && failure.rank == rank;
+            // Each task may print something else before the same error.
+            let same_output = match kind {
+                FailureKind::Error => true,
+                FailureKind::Worker | FailureKind::Timeout => {
+                    failure.output == output || failure.rank == rank
+                }
+                FailureKind::Host => failure.output == output,
+            };
             failure.kind == kind && failure.agent == agent && failure.text == text && same_output
         };
         let known = self.failures.iter().position(same);
@@ -369,27 +413,10 @@ impl Board {
     }
 }
 
-/// The beginning of a text.
-fn cut(text: &str, max: usize) -> &str {
-    let mut end = text.len().min(max);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text.get(..end).unwrap_or_default()
-}
-
-/// The end of a text.
-fn tail(text: &str, max: usize) -> &str {
-    let mut start = text.len().saturating_sub(max);
-    while !text.is_char_boundary(start) {
-        start += 1;
-    }
-    text.get(start..).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::body::Body;
     use std::time::Duration;
 
     const NOW: Moment = Duration::from_secs(1);
@@ -412,16 +439,23 @@ mod tests {
     fn equal_failures_are_one_and_the_oldest_are_dropped() {
         let mut board = Board::default();
         for _ in 0..1000 {
-            board.task_failed(3, "Error in f(i): no\n", NOW);
+            board.error_returned(3, "Error in f(i): no\n", NOW);
         }
-        board.task_failed(4, "other", NOW);
-        board.task_failed(5, "Error in f(i): no", NOW);
+        board.error_returned(4, "other", NOW);
+        let last = Note::TaskFailed {
+            rank: 5,
+            task: 9,
+            text: "Error in f(i): no".into(),
+            output: "i = 17\n".into(),
+        };
+        assert!(board.note(&last, || NOW));
         let all: Vec<_> = board.failures_since(0).collect();
         assert_eq!(all.len(), 2);
         assert_eq!(
             (all[1].count, all[1].rank, &*all[1].text),
             (1001, Some(5), "Error in f(i): no")
         );
+        assert_eq!((&*all[0].output, &*all[1].output), ("", "i = 17"));
         assert_eq!(board.failures_since(1001).count(), 1);
         assert_eq!(board.failures_since(board.changes()).count(), 0);
         assert_eq!(board.count(FailureKind::Error), 1002);
@@ -459,7 +493,7 @@ mod tests {
     fn errors_count_in_the_job_that_runs() {
         let mut board = Board::default();
         board.begin(job_of(10));
-        board.task_failed(0, "no", NOW);
+        board.error_returned(0, "no", NOW);
         board.timed_out(0, "iteration 7\n", NOW);
         assert_eq!(
             board.failures_since(1).next().unwrap().output,
@@ -469,9 +503,48 @@ mod tests {
         board.end(6, 2 * NOW);
         board.end(7, 2 * NOW);
         board.end(7, 3 * NOW);
-        board.task_failed(0, "no", NOW);
+        board.error_returned(0, "no", NOW);
         let job = board.job.unwrap();
         assert_eq!((job.failed(), job.ended), (2, Some(2 * NOW)));
+    }
+
+    #[test]
+    fn errors_count_once_although_their_task_is_run_again() {
+        let mut board = Board::default();
+        board.begin(job_of(10));
+        let raised = |task| Note::TaskFailed {
+            rank: 0,
+            task,
+            text: "no".into(),
+            output: String::new(),
+        };
+        let done = |task, job, outcome| Note::Done {
+            rank: 0,
+            task,
+            job,
+            outcome,
+        };
+        let answer = || Outcome::Answer(Body::default());
+        // Two elements of the batch have failed before its worker does, and do so again.
+        for outcome in [Outcome::Lost(Arc::new(Termination::Stopped)), answer()] {
+            for _ in 0..2 {
+                assert!(board.note(&raised(1), || NOW));
+            }
+            assert_eq!(board.job.as_ref().unwrap().failed(), 0);
+            assert!(!board.note(&done(1, 7, outcome), || NOW));
+        }
+        assert_eq!(board.job.as_ref().unwrap().failed(), 2);
+        // Answers to calls outside of the job.
+        board.note(&raised(2), || NOW);
+        board.note(&done(2, 8, answer()), || NOW);
+        board.note(&done(3, 7, answer()), || NOW);
+        assert_eq!(board.job.as_ref().unwrap().failed(), 2);
+        assert_eq!(board.count(FailureKind::Error), 5);
+        assert!(board.failing.is_empty());
+        for task in 0..2 * MAX_FAILING as u64 {
+            board.note(&raised(task), || NOW);
+        }
+        assert_eq!(board.failing.len(), MAX_FAILING);
     }
 
     #[test]

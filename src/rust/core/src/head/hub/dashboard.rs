@@ -91,11 +91,14 @@ impl Hub {
         self.core().board.batch_jobs = jobs;
     }
 
-    /// Records an error of a task of this worker.
-    pub fn failed(&self, rank: Rank, why: &str) {
+    /// Records an error that is the answer to a task of this worker. `raised`: whether the task has raised it, so that
+    /// the hub knew of it before.
+    pub fn failed(&self, rank: Rank, why: &str, raised: bool) {
         let mut core = self.core();
         core.scheduler.failed(rank, why);
-        let now = core.began.elapsed();
-        core.board.task_failed(rank, why, now);
+        if !raised {
+            let now = core.began.elapsed();
+            core.board.error_returned(rank, why, now);
+        }
     }
 }

@@ -396,7 +396,7 @@ impl Inbox {
                 }
             }
             // A page shows it.
-            Note::TimedOut { .. } => {}
+            Note::TimedOut { .. } | Note::TaskFailed { .. } => {}
             Note::Done {
                 rank,
                 task,

@@ -163,6 +163,7 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
         | Note::KeptAnswers { .. }
         | Note::Ended { .. }
         | Note::TimedOut { .. }
+        | Note::TaskFailed { .. }
         | Note::Output { .. }
         | Note::ProgressEvent { .. }
         | Note::Usage { .. }

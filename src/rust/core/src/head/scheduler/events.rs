@@ -184,6 +184,17 @@ pub enum Note {
         /// The end of the worker's output.
         output: String,
     },
+    /// A task raised an error, or an element of its batch. The note of its end follows.
+    TaskFailed {
+        /// The worker's rank.
+        rank: Rank,
+        /// The task.
+        task: TaskId,
+        /// The message of the error.
+        text: String,
+        /// The end of the worker's output.
+        output: String,
+    },
     /// A task has ended.
     Done {
         /// The worker that had the task.

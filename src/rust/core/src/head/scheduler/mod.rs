@@ -26,7 +26,7 @@ use crate::protocol::control::{self, ToAgent, ToHead};
 use crate::protocol::dedup::Chunk;
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{BY_REFERENCE, Frame, Kind, REASSIGNED};
-use crate::protocol::ids::{RESTORE, Rank};
+use crate::protocol::ids::{RESTORE, Rank, TaskId};
 use crate::protocol::limits::SEND_WINDOW;
 use events::{Interruption, Note, Outcome, State, Termination};
 use std::collections::{HashSet, VecDeque};
@@ -398,9 +398,7 @@ impl Scheduler {
             }
             Kind::ProgressEvent => {
                 let rank = self.rank(agent, header.worker)?;
-                let current = self.workers[rank as usize].current.as_ref();
-                let its = |c: &Current| c.task.id == header.task && !c.cancelled;
-                if current.is_some_and(its) {
+                if self.is_wanted(rank, header.task) {
                     self.notes.push(Note::ProgressEvent {
                         task: header.task,
                         flags: header.flags,
@@ -434,7 +432,7 @@ impl Scheduler {
                 });
                 Ok(())
             }
-            Kind::Cancel | Kind::State | Kind::Limit => {
+            Kind::Cancel | Kind::State | Kind::Limit | Kind::TaskError => {
                 Err(ProtocolError("a frame that is not for the head".into()))
             }
         }
@@ -448,6 +446,13 @@ impl Scheduler {
                 ranks.len()
             ))
         })
+    }
+
+    /// Whether the worker runs this task, and its answer is wanted.
+    fn is_wanted(&self, rank: Rank, task: TaskId) -> bool {
+        let current = self.workers[rank as usize].current.as_ref();
+        let over = |current: &Current| current.cancelled || current.timed_out;
+        current.is_some_and(|current| current.task.id == task && !over(current))
     }
 
     fn on_message(&mut self, agent: usize, message: ToHead) -> Result<(), ProtocolError> {
@@ -505,6 +510,22 @@ impl Scheduler {
             } => {
                 let rank = self.rank(agent, worker)?;
                 self.time_out(rank, task, output);
+            }
+            ToHead::TaskFailed {
+                worker,
+                task,
+                text,
+                output,
+            } => {
+                let rank = self.rank(agent, worker)?;
+                if self.is_wanted(rank, task) {
+                    self.notes.push(Note::TaskFailed {
+                        rank,
+                        task,
+                        text,
+                        output,
+                    });
+                }
             }
             ToHead::StateNotLogged { worker } => {
                 let rank = self.rank(agent, worker)?;

@@ -366,6 +366,47 @@ fn a_fresh_worker_has_a_whole_window() {
 }
 
 #[test]
+fn errors_of_running_tasks_are_noted() {
+    let mut scheduler = up(1);
+    let failed = |task| ToHead::TaskFailed {
+        worker: 0,
+        task,
+        text: "no".into(),
+        output: "i = 17".into(),
+    };
+    let noted = |scheduler: &mut Scheduler, task| {
+        scheduler.take_notes();
+        from_agent(scheduler, 0, &failed(task));
+        scheduler.take_notes()
+    };
+    assert_eq!(noted(&mut scheduler, 1), []);
+    submit(&mut scheduler, order(0, 1));
+    submit(&mut scheduler, order(0, 2));
+    assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+    let note = Note::TaskFailed {
+        rank: 0,
+        task: 1,
+        text: "no".into(),
+        output: "i = 17".into(),
+    };
+    // Each element of a batch may fail.
+    assert_eq!(noted(&mut scheduler, 1), std::slice::from_ref(&note));
+    assert_eq!(noted(&mut scheduler, 1), [note]);
+    assert_eq!(noted(&mut scheduler, 2), []);
+    let late = ToHead::TimedOut {
+        worker: 0,
+        task: 1,
+        output: String::new(),
+    };
+    from_agent(&mut scheduler, 0, &late);
+    assert_eq!(noted(&mut scheduler, 1), []);
+    let mut scheduler = up(1);
+    submit(&mut scheduler, order(0, 1));
+    scheduler.cancel_task(0, 1);
+    assert_eq!(noted(&mut scheduler, 1), []);
+}
+
+#[test]
 fn a_task_that_is_out_of_time_ends_once() {
     let mut scheduler = up(1);
     submit(&mut scheduler, order(0, 1));
