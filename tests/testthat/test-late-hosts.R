@@ -107,8 +107,10 @@ test_that("a host that fails to join is named, and the cluster goes on without i
   gate$fail("late", "ssh: connect to host late port 22: Connection refused")
   warned <- tryCatch(
     wait_until(function() {
+      # In this order: the host may be lost in between.
+      lost <- clusterHosts(cl)$state[[2L]] == "lost"
       rustcluster:::showEvents(cl[[1L]]$handle)
-      clusterHosts(cl)$state[[2L]] == "lost"
+      lost
     }),
     warning = identity
   )
