@@ -5,9 +5,13 @@
 #'
 #' Opens a page that shows, live, whether all is well, how far the running call is and how long it still takes,
 #' what each worker is doing and has done over time, the hosts, memory and data sent, calls that wait, stored
-#' results (`.store` of [clusterLapply()]), batch jobs, exports with their sizes, and failures, with the last output
-#' of a worker that failed or exceeded a time limit. The page is live while this session is busy: a thread of the
-#' cluster serves it, not R.
+#' results (`.store` of [clusterLapply()]), batch jobs, exports with their sizes, and failures with the last output
+#' of the worker: errors of tasks, time limits, and failures of workers and hosts. An error appears when the task raises
+#' it, before this session receives it. The page is live while this session is busy: a thread of the cluster serves it,
+#' not R.
+#'
+#' Errors that a package catches on the worker and returns as values do not appear: those of BiocParallel, of doParallel
+#' and of `plan(cluster)`. Those of `%dopar%` with [registerDoRustCluster()] and of [cluster_rust()] do.
 #'
 #' The page needs no network and no package. It can be used with the keyboard, and has a dark and a light form. Any
 #' number of pages can be open at once. While no page is open, nothing is collected for it, and nothing runs.
