@@ -167,7 +167,8 @@ test_that("worker failures are in status and timeline", {
   expect_identical(summary(cl)$losses, 1L)
   lost <- subset(as.data.frame(clusterTimeline(cl)), kind == "lost")
   expect_identical(lost$rank, 2L)
-  expect_true(lost$end > lost$start)
+  # The head may hear of the failure and of the replacement at once.
+  expect_gte(lost$end, lost$start)
   suppressWarnings(clusterCall(cl, function() 1))
 })
 
