@@ -140,7 +140,9 @@ callsValue <- function(records, groups, names, n, signal = TRUE) {
 # Returns the state and the result of all calls, which must have ended.
 callsResult <- function(records, groups, names, n) {
   results <- structure(vector("list", n), names = names)
-  errors <- list()
+  # The errors at their indices: adding to a list copies it.
+  errors <- vector("list", n)
+  failed <- logical(n)
   broken <- NULL
   without <- integer()
   for (at in seq_along(records)) {
@@ -153,19 +155,26 @@ callsResult <- function(records, groups, names, n) {
     for (k in seq_along(groups[[at]])) {
       i <- groups[[at]][[k]]
       one <- record$result[[k]]
-      if ("error" %in% names(one)) errors[[as.character(i)]] <- one$error else results[i] <- one["value"]
+      if ("error" %in% names(one)) {
+        errors[i] <- one["error"]
+        failed[[i]] <- TRUE
+      } else {
+        results[i] <- one["value"]
+      }
     }
   }
+  indices <- which(failed)
+  errors <- errors[indices]
+  if (length(indices)) names(errors) <- indices
   if (!is.null(broken)) {
     broken$result$results <- results
-    broken$result$indices <- sort(c(without, as.integer(names(errors))))
+    broken$result$indices <- sort(c(without, indices))
     broken$result$errors <- errors
     return(list(state = broken$state, result = broken$result))
   }
   if (!length(errors)) return(list(state = "done", result = results))
   text <- conditionMessage(errors[[1L]])
-  failed <- elementFailed(text, as.integer(names(errors)), unname(results), parent = errors[[1L]])
-  list(state = "failed", result = failed)
+  list(state = "failed", result = elementFailed(text, indices, unname(results), parent = errors[[1L]]))
 }
 
 #' @export

@@ -722,8 +722,8 @@ worker_serve <- function() .Call(wrap__worker_serve)
 #' @noRd
 worker_fail <- function(value, interrupted) .Call(wrap__worker_fail, value, interrupted)
 
-#' In a worker, tells the head of an error that the current task has raised and whose answer is a value. Returns
-#' whether there is a channel to the head.
+#' In a worker, tells the head of an error that the current task has raised and whose answer is a value. `message`: a
+#' string, or any other value if the error has none. Returns whether there is a channel to the head.
 #' @noRd
 worker_raised <- function(message) .Call(wrap__worker_raised, message)
 

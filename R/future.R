@@ -543,10 +543,12 @@ relayProgressEvents <- function(future) {
   }
 }
 
-# Runs in a worker: tells the head of the error of a future, which future has caught.
+# Runs in a worker: tells the head of the error of a future, which future has caught. `result`: a list with the value,
+# which may be the empty symbol.
 tellFutureError <- function(result) {
+  if (!"FutureResult" %in% oldClass(result[[1L]])) return()
   isError <- function(one) inherits(one$condition, "error")
-  found <- tryCatch(Find(isError, result$conditions), error = function(e) NULL)
+  found <- tryCatch(Find(isError, .subset2(result[[1L]], "conditions")), error = function(e) NULL)
   if (!is.null(found)) tellError(found$condition)
 }
 

@@ -19,7 +19,7 @@ commandRemedy <- function(host, reason, stderr, stdout, status) {
     if (!is.null(remedy)) return(remedy)
   }
   ssh <- !isTRUE(host$local) && is.null(host$launcher)
-  if (startsWith(reason, "the agent could not be started: ")) {
+  if (grepl("^the (agent|installation) could not be started: ", reason)) {
     if (!ssh) return("Rscript cannot be run on this machine: check `rscript`")
     return("the command that connects to the host cannot be run on this machine: install ssh, or check `rshcmd`")
   }

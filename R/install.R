@@ -254,6 +254,10 @@ endSession <- function(state, i) {
     status <- readText(sessionFile(state, i, "status"))
     read <- function(name) readText(sessionFile(state, i, name))
     reason <- paste("the installation ended with status", status)
+    program <- sshCommand(state$hosts[[i]], "")[[1L]]
+    if (status %in% c("126", "127") && !nzchar(Sys.which(program))) {
+      reason <- paste("the installation could not be started:", program, "was not found or is not executable")
+    }
     if (status == "0") {
       # R writes its code to a temporary file first, and does not notice if nothing was written.
       reason <- paste0(

@@ -22,7 +22,8 @@
 #' @param cl A cluster made by [makeRustCluster()], or a part of one. `NULL`: the default cluster of \pkg{parallel}, as
 #'   `setDefaultCluster()` sets it.
 #' @param expr An expression, such as `f(x)`.
-#' @param ... Variables for the expression, by name.
+#' @param ... Variables for the expression, by name: any but `c`, `e`, `ex` and `exp`, which R completes to `cl` and
+#'   `expr`.
 #' @param .packages (character) Further packages to attach before the expression is evaluated.
 #' @param .envir (environment) The environment in which the variables of `expr` are found.
 #' @return An object of class `"RustCall"`, a list of functions:
@@ -78,6 +79,13 @@
 #' parallel::stopCluster(cl)
 #' @export
 clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = parent.frame()) {
+  taken <- intersect(names(sys.call()), c("c", "e", "ex", "exp"))
+  if (length(taken)) {
+    badArgument(
+      taken[[1L]], "cannot be the name of a variable: R takes it for `", if (taken[[1L]] == "c") "cl" else "expr",
+      "`; rename the variable"
+    )
+  }
   if (missing(expr)) badArgument("expr", "is missing")
   expr <- substitute(expr)
   given <- list(...)
@@ -131,9 +139,9 @@ evaluateCall <- function(expr, variables, globals, packages) {
       for (package in packages) library(package, character.only = TRUE)
       list2env(globals, globalenv())
       envir <- list2env(variables, parent = globalenv())
-      value <- eval(expr, envir)
-      if (inherits(value, "FutureResult")) tellFutureError(value)
-      list(value = value)
+      result <- list(value = eval(expr, envir))
+      tellFutureError(result)
+      result
     },
     failed = function(e) {
       # This call is internal: users have not made it.

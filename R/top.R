@@ -6,9 +6,6 @@
 #' remaining time, workers, hosts, memory, data sent, and the last failures. In a terminal, the text is refreshed until
 #' a key is pressed. Elsewhere it is printed once.
 #'
-#' The failures are those of workers and hosts, tasks that exceeded their time limit, and errors of elements of calls
-#' that wait for their results. The error of a call of [clusterSubmit()] or [clusterLapplyAsync()] is in its object.
-#'
 #' This function occupies the session: use it for runs ([startRun()]) and while calls of [clusterSubmit()] or
 #' [clusterLapplyAsync()] run, and [clusterDashboard()] to watch `parLapply()` and other functions that wait for their
 #' results.

@@ -137,8 +137,10 @@ answerFailure <- function(e, text, interrupted = FALSE) {
   TRUE
 }
 
-# Tells the head of an error that the task catches and returns, so that pages show it. Nothing that fails here is an
-# error of the task.
+# Tells the head of an error that the task catches and returns, so that pages show it. A method of conditionMessage()
+# is not called: it may have any effect. Nothing that fails here is an error of the task.
 tellError <- function(e) {
-  tryCatch(worker_raised(conditionMessage(e)), error = function(e) NULL)
+  message <- tryCatch(.subset2(e, "message"), error = function(e) NULL)
+  worker_raised(message)
+  NULL
 }

@@ -454,6 +454,85 @@ test_that("errors of loops and futures are shown and counted", {
   expect_identical(texts, c("in the loop", "in the future"))
 })
 
+test_that("any error is shown and counted, and telling it changes nothing", {
+  cl <- local_cluster(1)
+  registerDoRustCluster(cl)
+  on.exit(foreach::registerDoSEQ(), add = TRUE, after = FALSE)
+  `%dopar%` <- foreach::`%dopar%`
+  handle <- cl[[1L]][["handle"]]
+  raise <- global(function(i, e) stop(e))
+  # Returns what is shown of an error, by each way to raise it, and how often it was counted.
+  shown <- function(e) {
+    before <- rustcluster:::topFigures(handle)$counts[[1L]]
+    try(clusterSubmit(cl, stop(e))$value(), silent = TRUE)
+    try(clusterLapplyAsync(cl, 1, raise, e)$value(), silent = TRUE)
+    try(foreach::foreach(i = 1, .errorhandling = "pass") %dopar% stop(e), silent = TRUE)
+    expect_identical(rustcluster:::topFigures(handle)$job$failed, 1)
+    clusterLapply(cl, 1, raise, e, .errors = "return")
+    expect_identical(rustcluster:::topFigures(handle)$job$failed, 1)
+    figures <- rustcluster:::topFigures(handle)
+    expect_identical(figures$counts[[1L]] - before, 4)
+    utils::tail(figures$failures, 1L)[[1L]]$text
+  }
+  condition <- function(message, class = NULL) {
+    structure(class = c(class, "error", "condition"), list(message = message, call = NULL))
+  }
+  expect_identical(shown(simpleError("no")), "no")
+  # Not the memory around it.
+  expect_lte(nchar(shown(simpleError("\xa0")), "bytes"), 3L)
+  expect_lte(nchar(shown(simpleError("\x80\xa0")), "bytes"), 6L)
+  expect_identical(shown(simpleError("caf\xe9")), "caf\ufffd")
+  latin1 <- "caf\xe9"
+  Encoding(latin1) <- "latin1"
+  expect_identical(shown(simpleError(latin1)), "caf\u00e9")
+  expect_identical(nchar(shown(simpleError(strrep("x", 1e6)))), 1000L)
+  for (message in list(NA_character_, c("a", "b"), 42, NULL, "")) shown(condition(message))
+
+  # A method of the condition is not called for the page.
+  clusterEvalQ(cl, {
+    conditionMessage.rng <- function(c) paste("drawn", stats::runif(1))
+    NULL
+  })
+  draws <- clusterCall(cl, function() {
+    set.seed(1)
+    draws <- stats::runif(2)
+    set.seed(1)
+    draws
+  })[[1L]]
+  try(clusterSubmit(cl, stop(drawing), drawing = condition("message", "rng"))$value(), silent = TRUE)
+  # stop() has drawn the first.
+  expect_identical(clusterCall(cl, function() stats::runif(1))[[1L]], draws[[2L]])
+  # The empty symbol is a value.
+  expect_identical(clusterSubmit(cl, quote(expr = ))$value(), quote(expr = ))
+})
+
+test_that("interrupts from elsewhere and returned errors are failures", {
+  cl <- local_cluster(1)
+  failed <- function(run) {
+    before <- rustcluster:::topFigures(cl[[1L]][["handle"]])$counts[[1L]]
+    run
+    figures <- rustcluster:::topFigures(cl[[1L]][["handle"]])
+    c(figures$counts[[1L]] - before, figures$job$failed)
+  }
+  interrupted <- function(i) {
+    if (i == 2) {
+      tools::pskill(Sys.getpid(), tools::SIGINT)
+      Sys.sleep(60)
+    }
+    i
+  }
+  expect_identical(failed(clusterLapply(cl, 1:4, interrupted, .errors = "return")), c(1, 1))
+  inner <- function(i) structure("inner", class = c("snow-try-error", "try-error"))
+  expect_identical(failed(try(clusterApply(cl, 1:2, inner), silent = TRUE)), c(2, 2))
+  # The head has interrupted this task.
+  call <- clusterSubmit(cl, Sys.sleep(60))
+  wait_until(function() call$status() == "running")
+  expect_identical(failed({
+    call$cancel()
+    clusterLapply(cl, 1, identity)
+  }), c(0, 0))
+})
+
 test_that("clusterTop() shows the calls that run, and not the one before them", {
   cl <- local_cluster(2)
   gate <- tempfile("gate-")

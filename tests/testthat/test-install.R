@@ -104,6 +104,10 @@ test_that("a host that cannot be reached or written to is an error with a remedy
   expect_rust_error(error, "install_failed")
   expect_identical(error$host, c("no-such-host.invalid", "127.0.0.2", "127.0.0.3"))
   expect_match(error$report$problem[[1L]], "cannot be resolved")
+  expect_match(
+    caught(installOnHosts("127.0.0.2", rshcmd = "no-such-ssh -v"))$report$problem,
+    "the command that connects to the host cannot be run on this machine: install ssh, or check `rshcmd` .*no-such-ssh"
+  )
   expect_match(error$report$problem[[2L]], "/proc/nowhere cannot be created.*`rlibs`")
   expect_match(error$report$problem[[3L]], "Rscript was not found on the host")
   expect_identical(nrow(error$report), 3L)

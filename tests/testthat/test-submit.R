@@ -175,6 +175,11 @@ test_that("bad arguments are refused", {
   expect_rust_error(caught(clusterSubmit(1, 2)), "bad_argument")
   expect_rust_error(caught(clusterSubmit(cl)), "bad_argument")
   expect_rust_error(caught(clusterSubmit(cl, 1, 2)), "bad_argument")
+  # R completes the names of arguments.
+  error <- caught(clusterSubmit(cl, stop(e), e = 1))
+  expect_rust_error(error, "bad_argument")
+  expect_match(conditionMessage(error), "`e` cannot be the name of a variable: R takes it for `expr`", fixed = TRUE)
+  expect_match(conditionMessage(caught(clusterSubmit(cl, sum(c), c = 1))), "takes it for `cl`", fixed = TRUE)
   expect_rust_error(caught(clusterSubmit(cl, 1, .packages = NA)), "bad_argument")
   expect_rust_error(caught(clusterSubmit(cl, 1, .envir = 3)), "bad_argument")
   expect_rust_error(caught(clusterSubmit(NULL, 1)), "bad_argument")

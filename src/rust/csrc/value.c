@@ -109,8 +109,8 @@ int rustcluster_is_error(void *value)
     return Rf_isObject((SEXP) value) && Rf_inherits((SEXP) value, "try-error");
 }
 
-/* Returns whether an object is the answer of a worker to a task that has raised an error. */
-int rustcluster_is_raised(void *value)
+/* Returns whether a string is marked as Latin-1. */
+int rustcluster_is_latin1(void *string)
 {
-    return Rf_isObject((SEXP) value) && Rf_inherits((SEXP) value, "snow-try-error");
+    return Rf_getCharCE((SEXP) string) == CE_LATIN1;
 }

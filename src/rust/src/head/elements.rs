@@ -226,7 +226,7 @@ unsafe fn take_stored(taking: &mut Taking<'_>) {
                 let value = Rf_protect(value);
                 taking.values.put(index, value, failed);
                 if failed && !taking.values.reads() {
-                    status::note_error(taking.cluster, taking.on, value);
+                    status::note_error(taking.cluster, taking.on, value, true);
                 }
                 Rf_unprotect(1);
             }
@@ -274,7 +274,7 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
             }
             Rf_unprotect(1);
             if failed && !values.reads() {
-                status::note_error(taking.cluster, taking.on, value);
+                status::note_error(taking.cluster, taking.on, value, true);
             }
             taking.single_failed = failed;
             taking.count = 1;
@@ -442,7 +442,8 @@ impl Codec for Encoder<'_> {
             // SAFETY: this runs on R's thread; the list keeps the value alive, and has as many elements.
             unsafe {
                 let value = VECTOR_ELT(values.results.get(), index as isize - 1);
-                status::note_error(self.cluster, on, value);
+                let raised = !values.returned.contains(&index);
+                status::note_error(self.cluster, on, value, raised);
             }
         }
         if !values.unanswered.is_empty() {

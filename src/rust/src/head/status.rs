@@ -13,23 +13,18 @@ use std::ffi::{c_int, c_void};
 use std::time::Duration;
 
 unsafe extern "C" {
+    fn rustcluster_answer_failed(answer: *mut c_void) -> c_int;
     fn rustcluster_is_error(value: *mut c_void) -> c_int;
-    fn rustcluster_is_raised(value: *mut c_void) -> c_int;
 }
 
-/// Records the error that is the result of a task of this worker: a value of class `"try-error"`.
+/// Records the error that is the result of a task of this worker: a value of class `"try-error"`. `raised`: whether the
+/// task has raised it; otherwise it has returned such a value.
 ///
 /// # Safety
 /// Must be called on R's thread, with a live value. R does not jump.
-pub unsafe fn note_error(cluster: &Cluster, rank: Rank, value: SEXP) {
+pub unsafe fn note_error(cluster: &Cluster, rank: Rank, value: SEXP, raised: bool) {
     // SAFETY: guaranteed by the caller.
-    let (text, raised) = unsafe {
-        (
-            first_string(value),
-            rustcluster_is_raised(value.cast()) != 0,
-        )
-    };
-    if let Some(text) = text {
+    if let Some(text) = unsafe { first_string(value) } {
         cluster.hub.borrow().failed(rank, text.trim_end(), raised);
     }
 }
@@ -48,9 +43,10 @@ pub fn note_failure(cluster: &Cluster, rank: Rank, answer: &Robj) {
             2 => second(answer.get()),
             _ => Some(answer.get()),
         };
+        let raised = answer.is_some_and(|answer| rustcluster_answer_failed(answer.cast()) != 0);
         let value = answer.and_then(second);
         if let Some(value) = value.filter(|value| rustcluster_is_error(value.cast()) != 0) {
-            note_error(cluster, rank, value);
+            note_error(cluster, rank, value, raised);
         }
     }
 }

@@ -9,7 +9,7 @@ use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::store::Writer;
 use rustcluster_core::store::save::{SaveRequest, Saved};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
@@ -242,6 +242,8 @@ pub struct Values {
     pub(super) unanswered: HashMap<usize, Robj>,
     /// The indices of tasks whose result is an error, from 1.
     pub(super) failed: Vec<i32>,
+    /// Those of `failed` whose task has returned the error, and has not raised it.
+    pub(super) returned: HashSet<i32>,
     /// Whether a value of class `"try-error"` counts as an error, as for tasks in parallel. Elements of chunks
     /// and of lapply() may have such values.
     by_class: bool,
@@ -274,6 +276,7 @@ impl Values {
             results: ().into(),
             unanswered: HashMap::new(),
             failed: Vec::new(),
+            returned: HashSet::new(),
             by_class,
             noun: setting("noun").as_str().unwrap_or("task").to_owned(),
             fresh: Vec::new(),
@@ -384,8 +387,12 @@ impl Values {
             if self.reads() {
                 SET_VECTOR_ELT(self.results.get_mut(), index as isize, value);
             }
-            if failed || self.by_class && rustcluster_is_error(value.cast()) != 0 {
-                self.failed.push(index as i32 + 1);
+            let index = index as i32 + 1;
+            if failed {
+                self.failed.push(index);
+            } else if self.by_class && rustcluster_is_error(value.cast()) != 0 {
+                self.failed.push(index);
+                self.returned.insert(index);
             }
         }
         // Stored results are reported once they are durable.

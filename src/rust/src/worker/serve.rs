@@ -569,12 +569,10 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
         if !with_channel(|channel| Ok(channel.is_busy()))? {
             return Err(io::Error::other("there is no task to be answered").into());
         }
-        // Only the head interrupts tasks, and knows it.
-        if !interrupted {
-            // SAFETY: this runs on R's thread; the Robj keeps the object alive.
-            let text = unsafe { first_string(value.get()) }.unwrap_or_default();
-            with_channel(|channel| channel.raised(text.trim_end()))?;
-        }
+        // SAFETY: this runs on R's thread; the Robj keeps the object alive.
+        let text = unsafe { first_string(value.get()) }.unwrap_or_default();
+        // The head ignores this if it has interrupted the task.
+        with_channel(|channel| channel.raised(text.trim_end()))?;
         let batch = INTERRUPTED.take();
         let mut failed = FailedTask {
             // SAFETY: the Robj keeps the object alive.
@@ -608,12 +606,14 @@ fn worker_report(bytes: Raw) -> Robj {
     }
 }
 
-/// In a worker, tells the head of an error that the current task has raised and whose answer is a value. Returns
-/// whether there is a channel to the head.
+/// In a worker, tells the head of an error that the current task has raised and whose answer is a value. `message`: a
+/// string, or any other value if the error has none. Returns whether there is a channel to the head.
 /// @noRd
 #[extendr]
-fn worker_raised(message: &str) -> Robj {
-    with_channel(|channel| channel.raised(message.trim_end()))
+fn worker_raised(message: Robj) -> Robj {
+    // SAFETY: this runs on R's thread; the Robj keeps the object alive.
+    let text = unsafe { first_string(message.get()) }.unwrap_or_default();
+    with_channel(|channel| channel.raised(text.trim_end()))
         .is_ok()
         .into()
 }

@@ -43,6 +43,11 @@ pub static MAY_POLL: LazyLock<bool> = LazyLock::new(|| {
     thread::available_parallelism().is_ok_and(|cores| cores.get() >= MIN_CORES_TO_POLL)
 });
 
+/// Number of errors of a task, which may be a batch, of which the head is told at once.
+const ERRORS_AT_ONCE: u32 = 16;
+/// Maximum number of further errors that wait for the answer.
+const MAX_HELD: usize = 256;
+
 /// The state of a random number generator: the integers of R's `.Random.seed`, little-endian. Empty
 /// if R has no `.Random.seed`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,6 +109,10 @@ pub struct Channel {
     /// A chunk of the answer has been sent.
     answer_started: bool,
     outgoing: Vec<u8>,
+    /// The number of errors of the current task, which may be a batch, that the head has been told of at once.
+    errors_told: u32,
+    /// Errors of the current task that are sent with its answer.
+    errors_held: Vec<Frame>,
     /// Seeds to set before the next task, in order.
     seeds_before: Vec<Seed>,
     /// The seed after the task, to be sent with its answer.
@@ -143,6 +152,8 @@ impl Channel {
             task: None,
             answer_started: false,
             outgoing: Vec::new(),
+            errors_told: 0,
+            errors_held: Vec::new(),
             seeds_before: Vec::new(),
             seed_after: None,
             average_wait: Duration::ZERO,
@@ -230,6 +241,8 @@ impl Channel {
                     if header.flags & LAST != 0 {
                         self.task = incoming.take();
                         self.answer_started = false;
+                        self.errors_told = 0;
+                        self.errors_held.clear();
                         // Discard the signal before looking for the cancel frame; otherwise a signal
                         // that arrives in between would be lost. See the module's documentation.
                         signals::discard_interrupt();
@@ -432,7 +445,9 @@ impl Channel {
         Ok(true)
     }
 
-    /// Tells the head that the current task has raised an error with this message: see [`Kind::TaskError`].
+    /// Tells the head that the current task has raised an error with this message: see [`Kind::TaskError`]. Each of
+    /// the first [`ERRORS_AT_ONCE`] is sent at once, and the others with the answer: the elements of a batch may fail
+    /// faster than errors can be sent one by one.
     ///
     /// # Errors
     /// When the agent has terminated.
@@ -444,7 +459,20 @@ impl Channel {
         let text = truncate::beginning(message, truncate::MAX_ERROR);
         let body = Bytes::copy_from_slice(text.as_bytes());
         let frame = Frame::new(Kind::TaskError, 0, self.index, task, body);
-        self.write(&[&frame])
+        if self.errors_told < ERRORS_AT_ONCE {
+            self.errors_told += 1;
+            return self.write(&[&frame]);
+        }
+        self.errors_held.push(frame);
+        if self.errors_held.len() < MAX_HELD {
+            return Ok(());
+        }
+        self.tell_held()
+    }
+
+    fn tell_held(&mut self) -> io::Result<()> {
+        let held = std::mem::take(&mut self.errors_held);
+        self.write(&held.iter().collect::<Vec<_>>())
     }
 
     fn flush(&mut self, task: TaskId, last: bool) -> io::Result<()> {
@@ -452,6 +480,9 @@ impl Channel {
         let flags = if first { FIRST } else { 0 } | if last { LAST } else { 0 };
         let body = Bytes::from(std::mem::take(&mut self.outgoing));
         let answer = Frame::new(Kind::Data, flags, self.index, task, body);
+        if last {
+            self.tell_held()?;
+        }
         let seed = if last { self.take_seed(task) } else { None };
         match seed {
             Some(seed) => self.write(&[&seed, &answer]),
@@ -475,6 +506,7 @@ impl Channel {
         let Some(task) = self.task else {
             return Ok(true);
         };
+        self.tell_held()?;
         if let Some(seed) = self.take_seed(task) {
             self.write(&[&seed])?;
         }
@@ -711,5 +743,30 @@ mod tests {
         assert_eq!((frame.header.kind, frame.header.task), (Kind::TaskError, 3));
         let text = "é".repeat(truncate::MAX_ERROR / 2);
         assert_eq!((&frame.body[..], received.len()), (text.as_bytes(), 0));
+        // Further ones come with the answer, before its end.
+        let count = ERRORS_AT_ONCE as usize + MAX_HELD + 10;
+        let worker = thread::spawn(move || {
+            for _ in 1..count {
+                channel.raised("no").unwrap();
+            }
+            assert_eq!(channel.errors_held.len(), 10);
+            channel.restart();
+            channel.send(b"answer", true).unwrap();
+            assert!(channel.errors_held.is_empty());
+            channel
+        });
+        let mut kinds = Vec::new();
+        while kinds.last() != Some(&Kind::Data) {
+            let n = fd::recv(agent.0.as_raw_fd(), &mut buffer, &mut Vec::new(), true).unwrap();
+            received.extend_from_slice(&buffer[..n]);
+            while let Some(frame) = frame::decode(&mut received).unwrap() {
+                kinds.push(frame.header.kind);
+            }
+        }
+        assert_eq!(kinds.len(), count);
+        let mut channel = worker.join().unwrap();
+        agent.send(&data(4, FIRST | LAST, b"task"), None);
+        channel.next_task().unwrap().unwrap();
+        assert_eq!(channel.errors_told, 0);
     }
 }
