@@ -161,13 +161,20 @@ recvData.RustNode <- function(node) {
     handle$onlyLogged <- setdiff(handle$onlyLogged, rank)
     return(list(type = "VALUE", value = NULL, success = TRUE, time = 0, tag = NULL))
   }
-  repeat {
+  receive <- function() {
     raiseInterrupt()
-    result <- hub_receive(handle$pointer, rank)
-    if (typeof(result) == "list" && !(is.object(result) && isFailure(result))) return(withReports(result, handle))
+    hub_receive(handle$pointer, rank)
+  }
+  isAnswer <- function() typeof(result) == "list" && !(is.object(result) && isFailure(result))
+  result <- receive()
+  # Fast path: most answers arrive soon.
+  if (isAnswer()) return(withReports(result, handle))
+  withoutCallOfTimeLimit(repeat {
     result <- noAnswer(orStopped(result, handle, rank), handle)
     if (!is.null(result)) return(result)
-  }
+    result <- receive()
+    if (isAnswer()) return(withReports(result, handle))
+  })
 }
 
 # Raises a pending interrupt. R itself does so only at times, and an interrupt that is raised right after an answer was
@@ -194,15 +201,18 @@ recvOneData.RustCluster <- function(cl) {
 
 # Returns the next answer. `result`: the first result that was received.
 nextAnswer <- function(cl, handle, result) {
-  repeat {
-    failed <- is.object(result) && isFailure(result)
-    if (typeof(result) == "list" && !failed) return(withReports(result, handle))
+  failed <- is.object(result) && isFailure(result)
+  # Fast path: most answers arrive soon.
+  if (typeof(result) == "list" && !failed) return(withReports(result, handle))
+  withoutCallOfTimeLimit(repeat {
     if (failed && result[["kind"]] == "several_clusters") return(receiveOfAny(cl))
     answer <- noAnswer(orStopped(result, handle, cluster_ranks(cl)), handle)
     if (typeof(result) == "logical") return(answer)
     if (!is.null(answer)) return(list(node = result[["node_index"]], value = answer))
     result <- hub_receive_any(handle$pointer, cl)
-  }
+    failed <- is.object(result) && isFailure(result)
+    if (typeof(result) == "list" && !failed) return(withReports(result, handle))
+  })
 }
 
 # Returns a failure if nodes without a task have been stopped, for example during a verb: their tasks are forgotten.

@@ -271,12 +271,12 @@ callAll <- function(cl, message, setupKey = setupKeyOf("clusterCall", message$da
   answers <- called[[1L]]
   # Receive answers in the order of arrival: an answer that waited for its turn would be copied twice.
   result <- called[[3L]]
-  for (i in seq_len(sum(!called[[2L]]))) {
+  withoutCallOfTimeLimit(for (i in seq_len(sum(!called[[2L]]))) {
     if (is.null(result)) result <- hub_receive_any(handle$pointer, cl)
     answer <- nextAnswer(cl, handle, result)
     answers[answer$node] <- list(answer$value$value)
     result <- NULL
-  }
+  })
   if (handle$receivesReports) showEvents(handle)
   hintAt(answers)
   checkForRemoteErrors <- parallels$checkForRemoteErrors
