@@ -361,9 +361,10 @@ impl Served {
         loop {
             self.write();
             self.await_event();
-            // What had been printed before the process was reaped is in the pipes, and is read below.
-            let reaped = self.shared.lock().reaped;
+            // In this order: what is set after it was looked at wakes the next round, and what had been printed before
+            // the process was reaped is in the pipes.
             self.clear_wake();
+            let reaped = self.shared.lock().reaped;
             self.read();
             if let Some(exit) = reaped {
                 return self.finish(exit);
@@ -650,6 +651,23 @@ mod tests {
         assert_eq!(report.exit, Some(Exit::Signal(libc::SIGKILL)));
         assert_eq!(report.stdout, b"alive\nalive\nalive\nalive\n");
         assert!(linked.wait(LONG, false));
+    }
+
+    #[test]
+    fn no_end_is_missed_beside_the_end_of_the_input() {
+        let open_input = || Options {
+            open_input: true,
+            ..Options::default()
+        };
+        for _ in 0..300 {
+            let process = sh("exec cat", open_input());
+            process.end_input();
+            process.kill();
+            for _ in 0..20 {
+                process.shared.wake();
+            }
+            assert!(process.wait(LONG, false));
+        }
     }
 
     #[test]
